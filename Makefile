@@ -1,0 +1,39 @@
+# make demo | make test | make check | make bench
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo
+	$(BIN)/python launch.py
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_rules.py
+
+bench: $(VENV)/bench
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/overhead.py
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "distssl needs Python 3.10 or newer; say make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -e .
+	touch $@
+
+$(VENV)/dev: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -e '.[dev]'
+	touch $@ $(VENV)/demo
+
+$(VENV)/bench: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -e '.[dev,bench]'
+	touch $@

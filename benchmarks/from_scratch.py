@@ -1,0 +1,77 @@
+"""Supervised training from scratch on the labels that the probes get: what pretraining has to beat."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from contestants import CROP_AREA, NUM_FEATURES, Settings, backbone, placed, set_rate
+from photos import SIZE_PX, Photos, extract
+from stopwatch import Say
+from torch import nn
+
+from distssl.context import Context
+from distssl.data import augment, loader, quarantine
+from distssl.data.graph import Sample
+from distssl.data.shards import Dataset
+from distssl.downstream import features
+from distssl.nn import optim, precision
+
+STEPS = {100: 300, 1000: 600, None: 900}  # by labels, at 15 epochs of pretraining; in proportion at others
+BATCH = 128
+LR, WEIGHT_DECAY = 1e-3, 0.05
+
+
+def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: str, labels: int | None) -> float:
+    """Test accuracy of the backbone and a linear layer trained on labels alone, with the same crops and flips."""
+    precision.speed_up_float32_matmul()
+    dtype = precision.resolve("auto", "cpu")
+    dataset = Dataset.open(photos.splits[data].train)
+    ids = features.labelled_ids(dataset)
+    ids = ids if labels is None else features.subset(ids, labels, seed)
+    batch = min(BATCH, len(ids))
+    steps = max(1, round(STEPS[labels] * settings.epochs / 15))
+    torch.manual_seed(seed)
+    net = nn.Sequential(backbone(), nn.Linear(NUM_FEATURES, len(dataset.classes)))
+    placed(net)
+    optimizer = optim.build(net, name="adamw", lr=LR, weight_decay=WEIGHT_DECAY)
+    source = loader.Loader(
+        dataset,
+        _crop_and_flip,
+        seed=seed,
+        batch_size=batch,
+        threads=settings.threads,
+        max_pixels=50_000_000,
+        quarantine=quarantine.Quarantine(),
+    )
+    say = Say(f"supervised {data} {labels or 'all'}", steps, batch)
+    net.train()
+    for step, views in enumerate(source.batches(_requests(ids, batch, steps, seed))):
+        set_rate(optimizer, step, LR, steps)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(net(views["image"]), views["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        say.line(step + 1, loss)
+    test = extract(net, photos.splits[data].test, Context(out), settings.threads, dtype)  # x: logits [N, K]
+    return float((test.x.argmax(1) == test.labels).mean())
+
+
+def _requests(ids: np.ndarray, batch: int, steps: int, seed: int) -> Iterator[loader.Request]:
+    per_epoch = len(ids) // batch
+    for step in range(steps):
+        epoch, nth = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(ids)
+        yield loader.Request(order[nth * batch : (nth + 1) * batch], epoch)
+
+
+def _crop_and_flip(sample: Sample) -> dict[str, Any]:
+    crop = functools.partial(augment.random_resized_crop, size_px=SIZE_PX, area=CROP_AREA, aspect=(3 / 4, 4 / 3))
+    image = crop(sample.encoded, sample.draws, sample.device)
+    return {"image": augment.normalise(image, mirror=sample.draws.coin(0.5))}

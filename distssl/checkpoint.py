@@ -1,0 +1,144 @@
+"""Checkpoints: everything a run needs to go on, written atomically, checked when read.
+
+A checkpoint is a folder checkpoints/step_NNNNNNNN with state.pt and manifest.json (bytes and sha256 of the state,
+the metrics at that step). It is written under another name, flushed to the disk and renamed, so a folder of that name
+is whole or damaged later, which the sum shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distssl.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+STATE = "state.pt"
+MANIFEST = "manifest.json"
+
+
+def folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU that later steps cannot change; tensors inside dicts and lists are copied."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+def write(run_dir: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
+    """Write checkpoints/step_NNNNNNNN and return it. state: tensors and plain data, as `snapshot` makes it.
+
+    Raises ConfigError where the disk is full; what was there before stays.
+    """
+    final = folder(run_dir) / f"step_{step:08d}"
+    staging = folder(run_dir) / f".step_{step:08d}.{os.getpid()}"
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with open(staging / STATE, "wb") as file:
+            torch.save(dict(state), file)
+            os.fsync(file.fileno())
+        manifest = {"step": step, "metrics": dict(metrics), "bytes": (staging / STATE).stat().st_size}
+        manifest["sha256"] = _sha256(staging / STATE)
+        with open(staging / MANIFEST, "w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)  # of an earlier attempt at this step, damaged or about to be the same
+        staging.rename(final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails anew when closing its zip
+        if not isinstance(cause, OSError):
+            raise
+        raise ConfigError(f"machine.storage={run_dir.parent}: cannot write {final.name}: {cause.strerror}") from error
+    return final
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU. Raises ConfigError where it is not whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        size = (path / STATE).stat().st_size
+        if size != manifest["bytes"]:
+            raise ConfigError(f"checkpoint {path}: {STATE} has {size} bytes, its manifest says {manifest['bytes']}")
+        if _sha256(path / STATE) != manifest["sha256"]:
+            raise ConfigError(f"checkpoint {path}: {STATE} does not have the sha256 of its manifest")
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"checkpoint {path}: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"checkpoint {path}: cannot be read: {_first_line(error)}") from None
+
+
+def newest(run_dir: Path) -> dict[str, Any] | None:
+    """The state of the newest whole checkpoint; None where there never was one.
+
+    A damaged one is named and passed over. Raises ConfigError where all are damaged: starting again from nothing
+    would hide the loss.
+    """
+    paths = sorted(folder(run_dir).glob("step_*"), reverse=True)
+    mistakes: list[str] = []
+    for path in paths:
+        try:
+            return read(path)
+        except ConfigError as error:
+            log.warning("%s", error)
+            mistakes += error.messages
+    if mistakes:
+        raise ConfigError(*mistakes, f"no checkpoint of {run_dir} is whole: remove {folder(run_dir)} to start again")
+    return None
+
+
+def prune(run_dir: Path, *, keep_last: int, keep_best: str | None) -> None:
+    """Delete all checkpoints but the newest `keep_last` and the best by a metric (lowest for a loss).
+
+    And what writers that were killed left half done: call it from the one process that writes here, between writes.
+    """
+    paths = sorted(folder(run_dir).glob("step_*"))
+    keep = set(paths[-keep_last:])
+    scores = {path: score for path in paths if (score := _metric(path, keep_best)) is not None}
+    if scores:
+        best = min if keep_best == "loss" else max
+        keep.add(best(scores, key=lambda path: scores[path]))
+    for path in (*paths, *folder(run_dir).glob(".step_*")):
+        if path not in keep:
+            shutil.rmtree(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _metric(path: Path, name: str | None) -> float | None:
+    try:
+        return json.loads((path / MANIFEST).read_text())["metrics"].get(name)
+    except (OSError, ValueError, KeyError):
+        return None  # damaged: it has no score, and is kept or deleted by its age
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""Collectives between ranks: the only file that talks to torch.distributed.
+
+Without a process group, and in a group of one, every collective is the identity, so nothing above needs a flag.
+A collective is differentiable or its docstring says that it is not. The differentiable ones follow one rule: the
+gradient of an output is summed over the ranks that hold a copy of it. With DDP's mean over ranks that makes a loss
+that averages over this rank's anchors give the gradient of the whole batch, whatever the world size.
+
+Every rank must call the same collectives in the same order, with tensors of the same shape and dtype.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distssl.errors import ConfigError
+
+T = TypeVar("T")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def init(backend: str | None = None, timeout_s: float = 1800.0) -> None:
+    """Join the process group that torchrun's environment variables describe; without WORLD_SIZE do nothing.
+
+    `backend` is "gloo" or "nccl"; by default nccl where there is a GPU, which is then the one of LOCAL_RANK.
+    A collective that waits longer than `timeout_s` seconds raises. Raises ConfigError where a variable is missing.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return
+    missing = [variable for variable in _VARIABLES if variable not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start the ranks with torchrun")
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def shutdown() -> None:
+    """Leave the process group; without one do nothing."""
+    if _has_group():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if _has_group() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _has_group() else 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate `x` [N, ...] of every rank in rank order: [W*N, ...]. N is the same on every rank.
+
+    Differentiable: the gradient of x is the sum over ranks of the gradients of its slice.
+    """
+    return cast(Tensor, _Gather.apply(x)) if world_size() > 1 else x
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum `x` over the ranks into a new tensor. Differentiable: the gradient is summed over the ranks too."""
+    return cast(Tensor, _AllReduce.apply(x)) if world_size() > 1 else x
+
+
+def gather_no_grad(x: Tensor) -> Tensor:
+    """As `gather`, for tensors of any dtype, and not differentiable: the result is a constant to autograd."""
+    x = x.detach()
+    return _gathered(x) if world_size() > 1 else x
+
+
+def sum_(x: Tensor) -> Tensor:
+    """Sum `x` over the ranks in place and return it; not differentiable. Metrics come as one float64 vector."""
+    if world_size() > 1:
+        dist.all_reduce(x.detach())
+    return x
+
+
+def gather_objects(value: T) -> list[T]:
+    """The picklable `value` of every rank, in rank order, on every rank. Not differentiable."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """The picklable `value` of rank `source`, on every rank. Not differentiable."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=source)
+    return values[0]
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _gathered(x: Tensor) -> Tensor:
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_single(out, x.contiguous())
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _gathered(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        out = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        dist.reduce_scatter_single(out, grad.contiguous())
+        return out
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_(grad.clone(memory_format=torch.contiguous_format))

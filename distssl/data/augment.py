@@ -1,0 +1,164 @@
+"""Augmentations as DALI graph pieces, fed by draws: encoded bytes in, one view out.
+
+Every function takes and returns DataNodes and runs on the CPU and on the GPU alike: argument inputs and conditions
+stay on the CPU, as DALI wants them. Images are uint8 [H, W, 3] until `normalise`.
+"""
+
+# DALI's type stubs lack its enums and know no pipeline without a GPU.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, math, types
+from pydantic import BaseModel, ConfigDict, Field
+
+from distssl.data.draws import Draws
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in 0..1; what downstream users of a backbone expect
+STD = (0.229, 0.224, 0.225)
+CROP_ATTEMPTS = 10
+
+
+class Augment(BaseModel):
+    """SimCLR's augmentations (Chen et al., ICML 2020, appendix A), with its values for ImageNet as defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_px: int = Field(default=224, ge=8)
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    jitter: float = Field(default=0.8, ge=0, le=1)
+    brightness: float = Field(default=0.8, ge=0, le=1)
+    contrast: float = Field(default=0.8, ge=0, le=1)
+    saturation: float = Field(default=0.8, ge=0, le=1)
+    hue_degrees: float = Field(default=72.0, ge=0, le=180)
+    grey: float = Field(default=0.2, ge=0, le=1)
+    blur: float = Field(default=0.5, ge=0, le=1)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = Field(default=0.0, ge=0, le=1)
+    solarize_threshold: int = Field(default=128, ge=0, le=255)
+
+
+def view(encoded: Any, draws: Draws, device: str, cfg: Augment) -> Any:
+    """One augmented view: float32 [size_px, size_px, 3], normalised."""
+    image = random_resized_crop(encoded, draws, device, cfg.size_px, cfg.crop_area, cfg.crop_aspect)
+    image = colour_jitter(image, draws, cfg)
+    image = grey(image, draws, cfg.grey)
+    if cfg.blur:
+        image = blur(image, draws, device, cfg.blur, cfg.blur_sigma)
+    if cfg.solarize:
+        image = solarize(image, draws, cfg.solarize, cfg.solarize_threshold)
+    return normalise(image, mirror=draws.coin(cfg.flip))
+
+
+def random_resized_crop(
+    encoded: Any, draws: Draws, device: str, size_px: int, area: tuple[float, float], aspect: tuple[float, float]
+) -> Any:
+    """Decode a random region alone and resize it, antialiased, to a square.
+
+    The region has a uniform share of the image's area and a log-uniform aspect (width over height); the first of
+    CROP_ATTEMPTS pairs that fits into the image is taken, as torchvision's RandomResizedCrop does, so that recipes
+    carry over. Where none fits, it is the largest region of an allowed aspect.
+    """
+    shape = fn.peek_image_shape(encoded)
+    height, width = fn.cast(shape[0], dtype=types.FLOAT), fn.cast(shape[1], dtype=types.FLOAT)
+    pixels = height * width * (area[0] + (area[1] - area[0]) * draws.units(CROP_ATTEMPTS))
+    ratio = math.exp(np.log(aspect[0]) + np.log(aspect[1] / aspect[0]) * draws.units(CROP_ATTEMPTS))
+    widths, heights = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
+    fits = fn.cast((widths <= width) & (heights <= height), dtype=types.FLOAT)
+    turns = types.Constant(np.arange(CROP_ATTEMPTS, 0, -1, dtype=np.float32))
+    first = fn.reductions.max(fits * turns)  # 0 where none fits
+    chosen = fn.cast(turns == first, dtype=types.FLOAT)  # [CROP_ATTEMPTS], at most a single 1
+    none = fn.cast(first == 0.0, dtype=types.FLOAT)
+    crop_w = fn.reductions.sum(widths * chosen) + none * math.min(width, height * aspect[1])
+    crop_h = fn.reductions.sum(heights * chosen) + none * math.min(height, width / aspect[0])
+    crop_w, crop_h = math.clamp(crop_w, 1.0, width), math.clamp(crop_h, 1.0, height)
+    top, left = (height - crop_h) * draws.unit(), (width - crop_w) * draws.unit()
+    image = fn.decoders.image_slice(
+        encoded,
+        fn.stack(top, left),
+        fn.stack(crop_h, crop_w),
+        normalized_anchor=False,
+        normalized_shape=False,
+        axis_names="HW",
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+    )
+    return fn.resize(image, size=(size_px, size_px), antialias=True)
+
+
+def centre_crop(encoded: Any, device: str, size_px: int, resize_px: int) -> Any:
+    """Decode, resize the short side to resize_px, antialiased, and cut the middle square of size_px."""
+    image = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
+    image = fn.resize(image, resize_shorter=resize_px, antialias=True)
+    return fn.crop(image, crop_h=size_px, crop_w=size_px)
+
+
+def colour_jitter(image: Any, draws: Draws, cfg: Augment) -> Any:
+    """Brightness, contrast, saturation and hue, in this order, with probability cfg.jitter."""
+    chosen = draws.coin(cfg.jitter)
+    brightness = draws.uniform(1 - cfg.brightness, 1 + cfg.brightness)
+    contrast = draws.uniform(1 - cfg.contrast, 1 + cfg.contrast)
+    saturation = draws.uniform(1 - cfg.saturation, 1 + cfg.saturation)
+    hue = draws.uniform(-cfg.hue_degrees, cfg.hue_degrees)
+    if chosen:
+        image = fn.color_twist(image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    return image
+
+
+def grey(image: Any, draws: Draws, probability: float) -> Any:
+    """Luma in all three channels."""
+    if draws.coin(probability):
+        luma = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+        image = fn.color_space_conversion(luma, image_type=types.GRAY, output_type=types.RGB)
+    return image
+
+
+def blur(image: Any, draws: Draws, device: str, probability: float, sigma: tuple[float, float]) -> Any:
+    """Gaussian blur, the window sized for the largest sigma: 2 * ceil(3 sigma) + 1.
+
+    Two filters of one dimension cost a third of DALI's own gaussian_blur with this window, and stay within one grey
+    level of it.
+    """
+    reach = int(np.ceil(3 * sigma[1]))
+    chosen = draws.coin(probability)
+    drawn = draws.uniform(*sigma)
+    if chosen:
+        exponent = types.Constant(-0.5 * np.arange(-reach, reach + 1, dtype=np.float32) ** 2)
+        weights = math.exp(exponent / (drawn * drawn))
+        taps = weights / fn.reductions.sum(weights)
+        if device == "gpu":
+            taps = taps.gpu()
+        image = fn.filter(image, fn.reshape(taps, shape=[1, 2 * reach + 1]))
+        image = fn.filter(image, fn.reshape(taps, shape=[2 * reach + 1, 1]))
+    return image
+
+
+def solarize(image: Any, draws: Draws, probability: float, threshold: int) -> Any:
+    """Invert the pixels at or above the threshold; threshold 0 inverts the image."""
+    if draws.coin(probability):
+        above = image >= threshold
+        inverted = fn.cast(above, dtype=types.UINT8) * (255 - image)
+        kept = fn.cast(image < threshold, dtype=types.UINT8) * image
+        image = fn.cast(inverted + kept, dtype=types.UINT8)
+    return image
+
+
+def normalise(image: Any, mirror: Any = False) -> Any:
+    """float32 [H, W, 3]: (x / 255 - MEAN) / STD, mirrored left to right where `mirror` says so.
+
+    The layout stays HWC, so a batch is channels_last in torch without a copy.
+    """
+    return fn.crop_mirror_normalize(
+        image,
+        mirror=fn.cast(mirror, dtype=types.INT32),
+        mean=[255 * m for m in MEAN],
+        std=[255 * s for s in STD],
+        dtype=types.FLOAT,
+        output_layout="HWC",
+    )

@@ -1,0 +1,72 @@
+"""The shards' front door: `pack` a source, `index` tars, `prepare` whatever `data.source` names, open the `Dataset`."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import re
+from pathlib import Path
+
+from distssl import atomic
+from distssl.data import indexing, packing, sources, tars
+from distssl.data.dataset import Dataset, Rows
+from distssl.errors import ConfigError
+
+__all__ = ["Dataset", "Rows", "index", "pack", "prepare"]
+
+log = logging.getLogger(__name__)
+
+pack = packing.pack
+index = indexing.index
+
+
+def prepare(
+    source: str, cache_dir: Path, *, progress: packing.Progress | None = None, key: str = "data.source"
+) -> Path:
+    """The folder of the indexed data set that `source` means, made where it is not there yet.
+
+    A folder with a dataset.json is used as it is; tars are indexed where they lie, or in `cache_dir` where they cannot
+    be written beside; anything else is packed into `cache_dir` once, and again when the source has changed. Raises
+    ConfigError, naming `key`.
+    """
+    if not source:
+        raise ConfigError(f"{key}: is empty; give a folder, zip, CSV, tars or the name of a data set")
+    path = Path(source).expanduser()
+    if (path / indexing.DATASET).exists():
+        return path.resolve()
+    if _names_tars(source, path):
+        return _index_tars(source, cache_dir, progress, key)
+    folder = cache_dir / f"{_plain(source)}-{_digest(sources.identity(source, key=key))}"
+    if (folder / indexing.DATASET).exists():
+        log.info("%s=%s is packed in %s", key, source, folder)
+        return folder.resolve()
+    return pack(source, folder, progress=progress, key=key)
+
+
+def _index_tars(source: str, cache_dir: Path, progress: packing.Progress | None, key: str) -> Path:
+    paths = tars.expand(source, key=key)
+    try:
+        folder = indexing.default_folder(source, paths)
+        atomic.make_folder(folder)
+        with atomic.locked(folder):
+            pass
+    except ConfigError:  # read-only, or tars in several folders
+        folder = cache_dir / f"{_plain(source)}-{_digest(' '.join(map(str, paths)))}"
+    return index(source, folder, progress=progress, key=key)
+
+
+def _names_tars(source: str, path: Path) -> bool:
+    if path.is_dir():
+        return any(file.suffix == ".tar" for file in path.iterdir())
+    pattern = glob.has_magic(source) or "{" in source or "://" in source
+    return (pattern and not path.exists()) or source.endswith((".tar", *tars.COMPRESSED_NAMES))
+
+
+def _plain(source: str) -> str:
+    name = Path(source).name or "data"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name.removesuffix(".tar"))[:60]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]

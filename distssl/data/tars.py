@@ -1,0 +1,250 @@
+"""One WebDataset tar, read member by member: where each sample's image lies, its size in pixels, its label.
+
+Samples are grouped as webdataset does it: the key is a member's path up to the first dot of its basename, consecutive
+members with one key are one sample. Nothing in a tar is fatal: what cannot be used is named in `Scan.rejected`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import braceexpand
+
+from distssl.data import images
+from distssl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distssl.data.probe import Probe  # imports DALI, which only `verify` needs
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MAX_IMAGE_BYTES = 1 << 30
+NUM_CLASSES_LIMIT = 1 << 20  # a label above this is an id of something, not a class
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset leaves these out too
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A member, a sample or (key "") the whole tar that is left out. `kind` is the reason without its numbers."""
+
+    shard: str
+    offset: int
+    key: str
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Scan:
+    """One tar's samples, in tar order: (key, offset, size, height, width, label); offsets and sizes in bytes."""
+
+    rows: list[tuple[str, int, int, int, int, int]] = dataclasses.field(default_factory=list)
+    rejected: list[Rejected] = dataclasses.field(default_factory=list)
+    bad_labels: int = 0  # samples kept without their label because it is no class number
+    num_bytes: int = 0
+    sha256: str = ""
+
+
+def expand(url: str, *, key: str = "url") -> list[Path]:
+    """Absolute paths of the tars that a folder, a tar, a glob or a brace pattern names, sorted. Raises ConfigError."""
+    url = url.removeprefix("file://")
+    if "://" in url:
+        raise ConfigError(f"{key}={url}: only tars on this file system can be indexed; copy or mount them first")
+    here = Path(url).expanduser()
+    if here.is_dir():
+        found = [
+            path for path in here.iterdir() if path.name.endswith((".tar", *COMPRESSED_NAMES)) and path.name[0] != "."
+        ]
+    elif here.exists():
+        found = [here]
+    else:
+        try:
+            patterns = list(braceexpand.braceexpand(str(here)))
+        except ValueError as error:
+            raise ConfigError(f"{key}={url}: braces do not match: {error}") from error
+        found = [path for pattern in patterns for path in _matches(Path(pattern))]
+        if not any(path.exists() for path in found):
+            raise ConfigError(f"{key}={url}: does not exist; give a folder of tars, a tar, a glob or a brace pattern")
+    if not found:
+        raise ConfigError(f"{key}={url}: holds no *.tar; give a folder of tars, a tar, a glob or a brace pattern")
+    return sorted({path.parent.resolve() / path.name for path in found})
+
+
+def scan(path: Path, *, max_pixels: int, probe: Probe | None = None) -> Scan:
+    """Everything an index needs of one tar. Never raises for what is in the file or for a file that cannot be read."""
+    result = Scan()
+    try:
+        with open(path, "rb") as file:
+            compression = COMPRESSED.get(file.read(2))
+            if compression and not _has_tar_magic(file):
+                reason = f"{compression}-compressed: decompress it"
+                result.rejected.append(Rejected(path.name, 0, "", reason, reason))
+                return result
+            result.sha256, result.num_bytes = _digest(file)
+            _Scanner(file, path.name, result, max_pixels, probe).run()
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+        return Scan(rejected=[Rejected(path.name, 0, "", reason, reason)])
+    return result
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob of any shape matches; the path itself where it is no glob, there or not."""
+    if not glob.has_magic(str(pattern)):
+        return [pattern]
+    return list(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor))))
+
+
+def _has_tar_magic(file: BinaryIO) -> bool:
+    """A member's name may begin like a compressed file; a tar has its own magic further on."""
+    file.seek(257)
+    return file.read(5) == b"ustar"
+
+
+class _Scanner:
+    def __init__(self, file: BinaryIO, shard: str, result: Scan, max_pixels: int, probe: Probe | None) -> None:
+        self.file, self.shard, self.result = file, shard, result
+        self.max_pixels, self.probe = max_pixels, probe
+        self.seen: set[str] = set()
+
+    def run(self) -> None:
+        key: str | None = None
+        sample: dict[str, tarfile.TarInfo] = {}
+        for member in self._members():
+            match = _NAME.match(member.name)
+            if match is None or _META.match(member.name):
+                continue
+            prefix, suffix = match.group(1), match.group(2).lower()
+            if prefix != key:
+                self._finish(key, sample)
+                key, sample = prefix, {}
+            if suffix in sample:
+                self._reject(member.offset_data, prefix, "duplicate key")
+            else:
+                sample[suffix] = member
+        self._finish(key, sample)
+        if not self.result.rows and not self.result.rejected:
+            self._reject(0, "", "no samples in this tar")
+
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        """Regular files that lie in the tar completely; ends at the tar's end or where it is cut or damaged."""
+        self.file.seek(0)
+        if self.result.num_bytes == 0:
+            return
+        try:
+            tar = tarfile.TarFile(fileobj=self.file, encoding="utf-8", errors="surrogateescape")
+        except (tarfile.TarError, ValueError) as error:
+            self._reject(0, "", "not a tar", f"not a tar: {error}")
+            return
+        while True:
+            try:
+                member = tar.next()
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                self._reject(tar.offset, "", "tar is cut", f"tar is cut at byte {self.result.num_bytes}: {error}")
+                return
+            if member is None:
+                break
+            tar.members = []  # type: ignore[attr-defined] # tarfile keeps every member, 1.5 kB each
+            if member.offset_data + (member.size if member.isreg() else 0) > self.result.num_bytes:
+                reason = f"tar is cut at byte {self.result.num_bytes}, inside {_printable(member.name)}"
+                self._reject(member.offset_data, "", "tar is cut", reason)
+                return
+            if member.isreg() and not member.issparse():
+                yield member
+            elif (member.islnk() or member.issym() or member.issparse()) and _is_image_name(member.name):
+                self._reject(member.offset_data, member.name, "a link or sparse member, without data of its own")
+        self._check_end(tar.offset)
+
+    def _check_end(self, at: int) -> None:
+        """tarfile stops silently at a damaged header and at the end of the file; a whole tar ends in a zero block."""
+        self.file.seek(at)
+        block = self.file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            self._reject(at, "", "tar is cut", f"tar is cut at byte {self.result.num_bytes}: it has no end mark")
+        elif block.strip(b"\0"):
+            self._reject(at, "", "tar is damaged", f"tar is damaged at byte {at}: what follows is left out")
+
+    def _finish(self, key: str | None, sample: dict[str, tarfile.TarInfo]) -> None:
+        """Checks one sample and adds its row, or says why not."""
+        if key is None:
+            return
+        suffix = next((suffix for suffix in images.SUFFIXES if suffix in sample), None)
+        member = sample[suffix] if suffix else next(iter(sample.values()))
+        if key in self.seen:
+            self._reject(member.offset_data, key, "duplicate key")
+            return
+        self.seen.add(key)
+        if suffix is None:
+            self._reject(
+                member.offset_data, key, "no image member", f"no image member, only {', '.join(sorted(sample))}"[:200]
+            )
+            return
+        if member.size > MAX_IMAGE_BYTES:
+            self._reject(
+                member.offset_data, key, "too many bytes", f"{member.size} bytes is more than {MAX_IMAGE_BYTES}"
+            )
+            return
+        data = self._read(member)
+        try:
+            header = images.read_header(data)
+        except images.ImageError as error:
+            self._reject(member.offset_data, key, "not a usable image", str(error))
+            return
+        if header.height * header.width > self.max_pixels:
+            reason = f"{header.width}x{header.height} is more than max_pixels={self.max_pixels}"
+            self._reject(member.offset_data, key, "more than max_pixels", reason)
+            return
+        problem = self.probe.problem(data) if self.probe else None
+        if problem is not None:
+            self._reject(member.offset_data, key, "does not decode", f"does not decode: {problem}")
+            return
+        label = self._label(sample.get("cls"))
+        row = (_printable(key), member.offset_data, member.size, header.height, header.width, label)
+        self.result.rows.append(row)
+
+    def _label(self, member: tarfile.TarInfo | None) -> int:
+        if member is None:
+            return -1
+        text = self._read(member).strip() if member.size < 64 else b""
+        try:
+            label = int(text)
+        except ValueError:
+            label = NUM_CLASSES_LIMIT
+        if -1 <= label < NUM_CLASSES_LIMIT:
+            return label
+        self.result.bad_labels += 1
+        return -1
+
+    def _read(self, member: tarfile.TarInfo) -> bytes:
+        self.file.seek(member.offset_data)
+        return self.file.read(member.size)
+
+    def _reject(self, offset: int, key: str, kind: str, reason: str = "") -> None:
+        self.result.rejected.append(Rejected(self.shard, offset, _printable(key), kind, reason or kind))
+
+
+def _digest(file: BinaryIO) -> tuple[str, int]:
+    """sha256 and number of bytes; also brings the file into the page cache for what follows."""
+    file.seek(0)
+    digest, num_bytes = hashlib.sha256(), 0
+    while block := file.read(1 << 20):
+        digest.update(block)
+        num_bytes += len(block)
+    return digest.hexdigest(), num_bytes
+
+
+def _is_image_name(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in images.SUFFIXES
+
+
+def _printable(name: str) -> str:
+    """A name that can be stored as UTF-8: tars may hold names in any encoding."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,108 @@
+"""Features of a dataset's labelled images by a frozen backbone, through the same shards and DALI graphs as training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from distssl import collectives
+from distssl.context import Context
+from distssl.data import augment, draws
+from distssl.data.graph import Sample
+from distssl.data.loader import Loader, Request
+from distssl.data.quarantine import Quarantine
+from distssl.data.shards import Dataset
+from distssl.nn import precision
+
+BATCH_SIZE = 256
+SPLIT_SEED = 0x5EED  # of the fifth of the labels kept for the test, the same for every run
+
+
+@dataclass(frozen=True)
+class Features:
+    """ids: int64 [N], ascending. x: float32 [N, D]. labels: int64 [N]."""
+
+    ids: np.ndarray
+    x: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How images become features."""
+
+    size_px: int
+    crop: float
+    threads: int
+    max_pixels: int
+    dtype: torch.dtype
+
+
+def labelled_ids(dataset: Dataset, chunk: int = 1 << 20) -> np.ndarray:
+    """The ids of the samples that have a label, int64, ascending."""
+    found = []
+    for start in range(0, dataset.num_samples, chunk):
+        ids = np.arange(start, min(start + chunk, dataset.num_samples))
+        found.append(ids[dataset.rows(ids).label >= 0])
+    return np.concatenate(found)
+
+
+def split(ids: np.ndarray, test_share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    """Part ids into train and test by a hash of each, so that neither depends on the others."""
+    test = draws.hash64(SPLIT_SEED, ids) < np.uint64(test_share * 2**64)
+    return ids[~test], ids[test]
+
+
+def subset(ids: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """num of the ids by a hash of each, ascending; a smaller subset of one seed is part of a larger one."""
+    return np.sort(ids[np.argsort(draws.hash64(SPLIT_SEED, seed, ids), kind="stable")[:num]])
+
+
+def extract(
+    backbone: torch.nn.Module, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context
+) -> Features:
+    """The features of ids (int64 [N], ascending), each rank doing its share; every rank gets all of them.
+
+    Samples that cannot be decoded are named in the log and left out.
+    """
+    backbone.to(context.device, precision.parameter_dtype(how.dtype)).eval()
+    loader = Loader(
+        dataset,
+        functools.partial(_views, how),
+        seed=0,
+        batch_size=BATCH_SIZE,
+        threads=how.threads,
+        device=context.device,
+        max_pixels=how.max_pixels,
+        quarantine=Quarantine(),
+    )
+    mine = np.array_split(ids, context.world_size)[context.rank]
+    done_ids, done_labels, done_x = [np.empty(0, np.int64)], [np.empty(0, np.int64)], []
+    with torch.inference_mode():
+        for batch in loader.batches(_requests(mine)):
+            with precision.autocast(how.dtype, context.device):
+                x = backbone(batch["image"].to(precision.parameter_dtype(how.dtype)))
+            done_ids.append(batch["id"].cpu().numpy())
+            done_labels.append(batch["label"].cpu().numpy())
+            done_x.append(x.float().cpu().numpy())
+    parts = collectives.gather_objects((np.concatenate(done_ids), done_x, np.concatenate(done_labels)))
+    return Features(
+        np.concatenate([part[0] for part in parts]),
+        np.concatenate([x for part in parts for x in part[1]]),
+        np.concatenate([part[2] for part in parts]),
+    )
+
+
+def _views(how: Extraction, sample: Sample) -> dict[str, Any]:
+    image = augment.centre_crop(sample.encoded, sample.device, how.size_px, round(how.size_px / how.crop))
+    return {"image": augment.normalise(image)}
+
+
+def _requests(ids: np.ndarray) -> Iterator[Request]:
+    for start in range(0, len(ids), BATCH_SIZE):
+        yield Request(ids[start : start + BATCH_SIZE])

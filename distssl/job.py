@@ -1,0 +1,109 @@
+"""The jobs of the command line on one rank: train a backbone, and show what the training bought."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distssl import atomic, checkpoint, config, method, train
+from distssl.config import Run
+from distssl.context import Context, stop_file
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from distssl.downstream import evaluate
+from distssl.errors import ConfigError
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The packed or indexed datasets of a run; None where there are no labels, or no test set of their own."""
+
+    data: Path
+    eval_train: Path | None
+    eval_test: Path | None
+
+
+def prepare(run: Run) -> Folders:
+    """Claim the run folder, and pack or index what the run reads; once a run, before its workers start.
+
+    Raises ConfigError for sources that cannot be used and for a run folder that holds another run.
+    """
+    claim(run)
+    stop_file(run.run_dir).unlink(missing_ok=True)  # what an earlier Ctrl-C asked for is done
+    return folders(run)
+
+
+def claim(run: Run) -> None:
+    """Write the config into the run folder, if that is new or this run's. Raises ConfigError otherwise."""
+    path = run.run_dir / CONFIG
+    try:
+        if path.exists():
+            differs = config.differences(config.parse(path.read_text()), run)
+            if differs:
+                mistakes = (f"{run.run_dir} holds another run: {line}" for line in differs)
+                raise ConfigError(*mistakes, "say name=ANOTHER to start a new run beside it")
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(path) as file:
+            file.write_text(config.dump(run))
+    except OSError as error:
+        raise ConfigError(f"machine.storage={run.machine.storage}: cannot write {path}: {error.strerror}") from None
+
+
+def folders(run: Run) -> Folders:
+    """Pack or index the sources of a run that are not ready yet."""
+    cache = run.machine.cache
+    data = shards.prepare(run.data.source, cache)
+    if not run.eval.tasks:
+        return Folders(data, None, None)
+    labelled = shards.prepare(run.eval.source, cache, key="eval.source") if run.eval.source else data
+    if not Dataset.open(labelled).num_labelled and not run.eval.source:
+        return Folders(data, None, None)
+    return Folders(
+        data,
+        labelled,
+        shards.prepare(run.eval.test_source, cache, key="eval.test_source") if run.eval.test_source else None,
+    )
+
+
+def pretrain(run: Run, context: Context, data: Folders) -> bool:
+    """Train from where the run folder is, then evaluate; False where somebody asked to stop before the end."""
+    judge = _judge(run, context, data)
+    training = train.Training(run, context, Dataset.open(data.data), judge.online if judge else None)
+    if not training.run():
+        return False
+    if judge:
+        _score(judge, run, context, training.method, run.eval.tasks)
+    return True
+
+
+def evaluate_run(run: Run, context: Context, tasks: Sequence[str]) -> None:
+    """Evaluate the newest checkpoint of a run and the same backbone untrained. Raises ConfigError without either."""
+    judge = _judge(run, context, folders(run))
+    if judge is None:
+        raise ConfigError(f"eval.source: {run.data.source} has no labels; say eval.source=LABELLED_IMAGES")
+    state = checkpoint.newest(context.run_dir)
+    if state is None:
+        raise ConfigError(f"{context.run_dir}: no checkpoint yet")
+    trained = method.build(run)
+    trained.load_state_dict(state["model"])
+    _score(judge, run, context, trained, tasks)
+
+
+def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | None:
+    if data.eval_train is None:
+        return None
+    test = Dataset.open(data.eval_test) if data.eval_test else None
+    return evaluate.Evaluation(run, evaluate.labelled(Dataset.open(data.eval_train), test), context)
+
+
+def _score(
+    judge: evaluate.Evaluation, run: Run, context: Context, trained: method.Method, tasks: Sequence[str]
+) -> None:
+    """Rows of the untrained and of the trained backbone, by the same recipe, into summary.json."""
+    rows = judge.rows("random", method.build(run).backbone, tasks)
+    rows += judge.rows("pretrained", trained.backbone, tasks)
+    if context.rank == 0:
+        evaluate.write_summary(context.run_dir, rows)

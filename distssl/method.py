@@ -1,0 +1,110 @@
+"""The interface of a method, and how one is found by its name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from distssl import methods
+from distssl.config import Run
+from distssl.errors import ConfigError
+from distssl.nn import backbones
+
+
+class Options(BaseModel):
+    """A method's own options: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Method(nn.Module, ABC):
+    """A method of self-supervised learning: a backbone, whatever it adds to it, and the loss as its forward.
+
+    Concrete methods are final. State that a restart needs is a module or a buffer.
+    """
+
+    Config: ClassVar[type[Options]] = Options
+
+    def __init__(self, cfg: Any, backbone: backbones.Backbone) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = backbone
+        self.build()
+
+    @abstractmethod
+    def build(self) -> None:
+        """Add heads, teachers and buffers to self.backbone."""
+
+    @classmethod
+    @abstractmethod
+    def views(cls, cfg: Any, sample: Any) -> dict[str, Any]:
+        """The DALI graph: a data.graph.Sample -> {name: DataNode}. Pretext labels are views too."""
+
+    @abstractmethod
+    def loss(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """ "loss", this rank's scalar to be minimised after DDP's mean; other scalars are logged.
+
+        "embeddings", if there, [V, N, D] without gradient, feeds the monitor's health figures.
+        """
+
+    def forward(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.loss(views)
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Before an epoch's first step."""
+
+    def on_step_end(self, progress: float) -> None:
+        """After each optimiser step; progress is the share of the run's steps done, in (0, 1]."""
+
+    @classmethod
+    def view_size_px(cls, cfg: Any) -> int:
+        """The side of the images the backbone is trained on, which evaluation uses as well."""
+        return cfg.augment.size_px
+
+    @classmethod
+    def picture(cls, views: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The views to show in TensorBoard, each [N, 3, H, W] normalised: every image among them, by default."""
+        return [view for view in views.values() if view.ndim == 4 and view.shape[1] == 3]
+
+
+def names() -> list[str]:
+    """The methods there are: the files of distssl/methods."""
+    return sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+
+
+def find(name: str) -> type[Method]:
+    """The method in distssl/methods/NAME.py. Raises ConfigError naming the nearest for an unknown name."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names())}"
+        raise ConfigError(f"method.name={name!r}: unknown method; {hint}")
+    module = importlib.import_module(f"{methods.__name__}.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"{module.__file__} defines {len(found)} methods; one is right")
+    return found[0]
+
+
+def options(name: str) -> type[Options]:
+    """The schema of a method's options."""
+    return find(name).Config
+
+
+def build(run: Run) -> Method:
+    """The untrained method of a run: the same parameters wherever it is built."""
+    chosen = find(run.method.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        backbone = backbones.build(run.model.backbone, run.model.stem, **run.model.options)
+        return chosen(chosen.Config(**run.method.options), backbone)

@@ -1,0 +1,91 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, the ledger, the quarantine. Rank 0 alone has one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distssl import atomic
+from distssl.data import augment
+from distssl.data.quarantine import Entry
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+QUARANTINE = "quarantine.jsonl"
+LEDGER = "ledger.jsonl"
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of a .jsonl after `step`, those of work that a resumed run does again."""
+    if not path.exists():
+        return
+    with atomic.replacing(path) as file:
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in read_jsonl(path) if row["step"] <= step))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl, [] where there is none; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    *lines, cut = path.read_text().split("\n")
+    del cut  # "" where the last line is whole
+    return [json.loads(line) for line in lines]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+class Monitor:
+    """The record of one run, from `step` on."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run_dir = run_dir
+        for name in (METRICS, LEDGER):
+            cut_back(run_dir / name, step)
+        self._writer = SummaryWriter(run_dir, purge_step=step + 1)
+        self._metrics = run_dir / METRICS
+        self._ledger = run_dir / LEDGER
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and as many points in TensorBoard. step: optimiser steps done."""
+        _append(self._metrics, {"step": step, **metrics})
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        self._writer.add_text(name, f"```\n{text}\n```", step)
+
+    def pictures(self, views: list[torch.Tensor], step: int, num: int = 8) -> None:
+        """The first images as the network sees them: a row a sample, a column a view. views: [N, 3, H, W] each."""
+        from torchvision.utils import make_grid
+
+        mean, std = torch.tensor(augment.MEAN)[:, None, None], torch.tensor(augment.STD)[:, None, None]
+        shown = [(view[:num].float().cpu() * std + mean).clamp(0, 1) for view in views]
+        rows = [image for sample in zip(*shown, strict=True) for image in sample]
+        self._writer.add_image("views", make_grid(rows, nrow=len(views), pad_value=1), step)
+
+    def ledger(self, step: int, epoch: int, ids: list[int]) -> None:
+        """The sample ids an optimiser step was made of."""
+        _append(self._ledger, {"step": step, "epoch": epoch, "ids": ids})
+
+    def quarantine(self, entries: list[Entry]) -> None:
+        """Add what is new to quarantine.jsonl."""
+        path = self.run_dir / QUARANTINE
+        known = {entry["id"] for entry in read_jsonl(path)}
+        for entry in entries:
+            if entry["id"] not in known:
+                known.add(entry["id"])
+                _append(path, dict(entry))
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,199 @@
+"""Backbones by name: torchvision's classics, resnets of any width and stem, and all of timm; nothing is downloaded.
+
+torchvision and timm take seconds to import, so they are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distssl.errors import ConfigError
+
+STEMS = ("7x7_s2_pool", "3x3_s2", "3x3_s1")
+
+# name: block, blocks a stage, width per group
+_RESNETS: dict[str, tuple[str, tuple[int, ...], int]] = {
+    "resnet8": ("BasicBlock", (1, 1, 1), 64),
+    "resnet10": ("BasicBlock", (1, 1, 1, 1), 64),
+    "resnet18": ("BasicBlock", (2, 2, 2, 2), 64),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3), 64),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3), 64),
+    "resnet101": ("Bottleneck", (3, 4, 23, 3), 64),
+    "wide_resnet50_2": ("Bottleneck", (3, 4, 6, 3), 128),
+}
+_PLAIN = ("alexnet", "vgg16", "vgg16_bn")
+
+
+class Backbone(nn.Module, ABC):
+    """A network without its classifier. Its parameters lie in `net` under the names of the library it comes from."""
+
+    def __init__(self, net: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.net = net
+        self.num_features = num_features
+
+    @abstractmethod
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> [N, C, h, w], the last layer that has places; some of timm's have C != D."""
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> [N, D] with D = num_features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+def build(name: str, stem: str = "7x7_s2_pool", **options: Any) -> Backbone:
+    """The backbone `name` with random weights.
+
+    - resnet18, 34, 50, 101 and wide_resnet50_2: torchvision's; resnet10 has one basic block a stage, and resnet8 the
+      first three of these stages. D is the pooled last stage. `stem` is "7x7_s2_pool" (ImageNet's), "3x3_s2" or
+      "3x3_s1" (a 3x3 convolution with stride 2 or 1 and no pooling, for small images). Options: width=64, the first
+      stage's channels, doubled at each stage; zero_init_residual=False.
+    - alexnet, vgg16, vgg16_bn: torchvision's convolutions; D is their pooled feature map, not the 4096 of the layers
+      the literature calls fc6 and fc7, which hold nine tenths of the parameters and want 224 px.
+    - any other name is timm's, with timm's options (img_size, drop_path_rate, ...); D is what a classifier would get.
+
+    Raises ConfigError for an unknown name, stem or option, or a small stem for a net that has none.
+    """
+    if stem not in STEMS:
+        raise ConfigError(f"model.stem={stem} is unknown: use {', '.join(STEMS)}")
+    if name in _RESNETS:
+        return _build_resnet(name, stem, options)
+    if stem != STEMS[0]:
+        raise ConfigError(f"model.stem={stem} needs one of {', '.join(_RESNETS)}; {name} has only its own stem")
+    if name in _PLAIN:
+        if options:
+            raise ConfigError(f"model.options.{next(iter(options))} is not an option of {name}, which has none")
+        return _build_plain(name)
+    return _build_timm(name, options)
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet up to the last stage, its names and its initialisation, with any stem and width.
+
+    He et al., Deep Residual Learning, CVPR 2016; the initialisation of the residual branches' last norm with zeros
+    is Goyal et al., Accurate, Large Minibatch SGD, https://arxiv.org/abs/1706.02677. [N, 3, H, W] -> [N, C, h, w].
+    """
+
+    def __init__(
+        self,
+        block: str,
+        blocks: tuple[int, ...],
+        width_per_group: int = 64,
+        stem: str = STEMS[0],
+        width: int = 64,
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        from torchvision.models import resnet
+
+        kind = {"BasicBlock": resnet.BasicBlock, "Bottleneck": resnet.Bottleneck}[block]
+        size, stride = (7, 2) if stem == "7x7_s2_pool" else (3, 2 if stem == "3x3_s2" else 1)
+        self.conv1 = nn.Conv2d(3, width, size, stride=stride, padding=size // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "7x7_s2_pool" else nn.Identity()
+
+        def stage(channels: int, planes: int, count: int, stride: int) -> nn.Sequential:
+            out = planes * kind.expansion
+            shortcut = None
+            if stride != 1 or channels != out:
+                shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
+            first = kind(channels, planes, stride, shortcut, base_width=width_per_group)
+            return nn.Sequential(first, *(kind(out, planes, base_width=width_per_group) for _ in range(count - 1)))
+
+        self.stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
+        channels = width
+        for number, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
+            self.add_module(name, stage(channels, width << number, count, stride=2 if number else 1))
+            channels = (width << number) * kind.expansion
+        self.num_features = channels
+        self._initialise(zero_init_residual, "bn2" if block == "BasicBlock" else "bn3")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        return x
+
+    def _initialise(self, zero_init_residual: bool, last_norm: str) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d) and zero_init_residual and name.endswith(f".{last_norm}"):
+                nn.init.zeros_(module.weight)
+
+
+class Convolutional(Backbone):
+    """A `net` of [N, 3, H, W] -> [N, D, h, w]; the features are its global average."""
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.net(x), 1).flatten(1)  # [N, D]
+
+
+class Timm(Backbone):
+    """A network of timm without its classifier; a transformer's feature map is its patch tokens in their places."""
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        y = self.net.forward_features(x)  # pyright: ignore[reportCallIssue]
+        if y.dim() == 4:
+            return y.permute(0, 3, 1, 2) if getattr(self.net, "output_fmt", "NCHW") == "NHWC" else y
+        patches = y[:, getattr(self.net, "num_prefix_tokens", 0) :]  # [N, P, C]
+        height = round((patches.shape[1] * x.shape[2] / x.shape[3]) ** 0.5)  # patches are square
+        return patches.transpose(1, 2).unflatten(2, (height, -1))  # [N, C, h, w]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def _build_resnet(name: str, stem: str, options: dict[str, Any]) -> Backbone:
+    known = ("width", "zero_init_residual")
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ConfigError(
+            *(f"model.options.{option} is not an option of {name}: it has {', '.join(known)}" for option in unknown)
+        )
+    if (width := options.get("width", 64)) < 1:
+        raise ConfigError(f"model.options.width={width} must be at least 1")
+    block, blocks, width_per_group = _RESNETS[name]
+    net = ResNet(block, blocks, width_per_group, stem, **options)
+    return Convolutional(net, net.num_features)
+
+
+def _build_plain(name: str) -> Backbone:
+    from torchvision.models import alexnet, vgg
+
+    if name == "alexnet":
+        return Convolutional(nn.Sequential(OrderedDict(features=alexnet(weights=None).features)), 256)
+    # torchvision's constructor would fill the classifier's 120 million weights first: seconds, to throw them away.
+    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=name == "vgg16_bn")
+    for module in features.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
+    return Convolutional(nn.Sequential(OrderedDict(features=features)), 512)
+
+
+def _build_timm(name: str, options: dict[str, Any]) -> Backbone:
+    import timm
+
+    if not timm.is_model(name):
+        names = [*_RESNETS, *_PLAIN, *timm.list_models()]
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+        raise ConfigError(f"model.backbone={name} is unknown; nearest: {', '.join(near) or ', '.join(_RESNETS)}")
+    try:
+        net = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except TypeError as error:  # the only sign timm gives of an option it does not know
+        raise ConfigError(f"model.backbone={name} does not take these options: {error}") from error
+    return Timm(net, int(getattr(net, "head_hidden_size", net.num_features)))  # pyright: ignore[reportArgumentType]

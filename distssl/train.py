@@ -1,0 +1,256 @@
+"""The loop: batches of views -> loss -> gradient -> parameters, the same at any number of workers.
+
+What happens at a step is a function of the config and of (seed, epoch, step); what is not, of the machines, is in the
+context. A resumed run takes the same path as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from distssl import checkpoint, collectives, config, method, monitor, plan, window
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data import loader, quarantine
+from distssl.data.shards import Dataset
+from distssl.errors import ConfigError, RunError
+from distssl.nn import diagnostics, norm, optim, precision
+
+log = logging.getLogger(__name__)
+
+Probe = Callable[[torch.nn.Module], dict[str, float]]  # backbone -> metrics; every rank calls it
+
+
+class Training:
+    """One run on this rank, at some optimiser step.
+
+    Takes up the newest checkpoint in the run folder. Raises ConfigError where the folder holds another run or the
+    sizes do not fit the number of workers.
+    """
+
+    def __init__(self, run: Run, context: Context, dataset: Dataset, probe: Probe | None = None) -> None:
+        self.cfg = run
+        self.context = context
+        self.dataset = dataset
+        self.probe = probe
+        self.plan = plan.of_run(run, dataset, context.world_size)
+        self.quarantine = quarantine.Quarantine()
+        self.dtype = precision.resolve(run.train.precision, context.device)
+        precision.speed_up_float32_matmul()
+        self.method = _placed(method.build(run), context.device, self.dtype)
+        self.optimizer = optim.build(
+            self.method,
+            name=run.train.optimizer,
+            lr=run.train.lr,
+            weight_decay=run.train.weight_decay,
+            momentum=run.train.momentum,
+        )
+        self.step = 0  # optimiser steps done
+        self.metrics: dict[str, float] = {}  # the latest of each
+        self._resume(checkpoint.newest(context.run_dir))
+        self.model: torch.nn.Module = self.method
+        if context.world_size > 1:
+            # BatchNorm's statistics are global already, so there are no buffers to broadcast.
+            self.model = DistributedDataParallel(self.method, forward_sync_buffers=False)
+        self.window = window.Window()
+        self.monitor = monitor.Monitor(context.run_dir, self.step) if context.rank == 0 else None
+        if self.monitor:  # what a run that was killed had found and not yet told
+            self.monitor.quarantine(list(self.quarantine.entries.values()))
+
+    def run(self) -> bool:
+        """Take the steps that are left; False where somebody asked to stop before the end."""
+        if self.monitor and self.step == 0:
+            self.monitor.text("config", config.dump(self.cfg))
+        try:
+            batches = self._loader().batches(self.plan.requests(self.step, self.context))
+            self.model.train()
+            self.window.reset()
+            stop = False
+            while self.step < self.plan.total_steps and not stop:
+                if self.step % self.plan.steps_per_epoch == 0:
+                    self.method.on_epoch_start(self.plan.epoch(self.step))
+                self._take_step(batches)
+                stop = self._after_step()
+            return not stop
+        finally:
+            if self.monitor:
+                self.monitor.close()
+
+    def _loader(self) -> loader.Loader:
+        return loader.Loader(
+            self.dataset,
+            functools.partial(type(self.method).views, self.method.cfg),
+            seed=self.cfg.seed,
+            batch_size=self.plan.order.global_batch // self.context.world_size,
+            threads=self.cfg.machine.threads,
+            prefetch=self.cfg.machine.prefetch,
+            device=self.context.device,
+            max_pixels=self.cfg.data.max_pixels,
+            quarantine=self.quarantine,
+        )
+
+    def _take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        """One optimiser step: `accumulate` batches forward and backward, then the update."""
+        cfg = self.cfg.train
+        self.metrics["lr"] = optim.learning_rate(
+            self.step,
+            base=cfg.lr,
+            total_steps=self.plan.total_steps,
+            warmup_steps=round(cfg.warmup_epochs * self.plan.steps_per_epoch),
+        )
+        optim.set_learning_rate(self.optimizer, self.metrics["lr"])
+        self.optimizer.zero_grad(set_to_none=True)
+        ids = []
+        for nth in range(cfg.accumulate):
+            with self.window.waiting():
+                views = next(batches)
+            ids.append(views["id"])
+            with self._synchronised(nth == cfg.accumulate - 1):
+                with precision.autocast(self.dtype, self.context.device):
+                    outputs = self.model(_cast(views, precision.parameter_dtype(self.dtype)))
+                (outputs["loss"] / cfg.accumulate).backward()
+            self.window.add(outputs, views)
+        if cfg.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        self.method.on_step_end(self.step / self.plan.total_steps)
+        if self.cfg.machine.ledger:
+            self._write_ledger(torch.stack(ids))
+
+    def _synchronised(self, last: bool) -> Any:
+        """DDP averages gradients in the last backward pass of an optimiser step alone."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext()
+
+    def _after_step(self) -> bool:
+        """Log, evaluate and checkpoint when it is time; whether to stop before the end."""
+        last = self.step == self.plan.total_steps
+        due = self.cfg.eval.every and self.step % (self.cfg.eval.every * self.plan.steps_per_epoch) == 0
+        stop = False
+        if self.step % self.cfg.train.log_every == 0 or last:
+            stop = self._log() and not last
+        if self.probe and (due or last):
+            with self.window.paused():
+                self._record(self.probe(self.method.backbone))
+                self.model.train()
+        if due or last or stop or self.step % self.cfg.checkpoint.every == 0:
+            self._checkpoint()
+        return stop
+
+    def _log(self) -> bool:
+        """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
+        seconds = self.window.seconds()
+        figures = self.window.means() | {"data_wait": self.window.waited_s / seconds}
+        steps_per_s = self.window.num_batches / self.cfg.train.accumulate / seconds
+        outputs, views = self.window.outputs, self.window.views
+        self.window.reset()  # here, so that the time logging takes is counted too
+        fresh = self.quarantine.take_fresh()
+        stop = self.context.rank == 0 and self.context.stop_requested()
+        sums = collectives.sum_(torch.tensor([*figures.values(), len(fresh), stop], dtype=torch.float64)).tolist()
+        figures = {name: total / self.context.world_size for name, total in zip(figures, sums[:-2], strict=True)}
+        if sums[-2]:
+            self._share_quarantine(fresh)
+        if not math.isfinite(figures["loss"]):
+            raise RunError(f"the loss is {figures['loss']} at step {self.step}; try a lower train.lr or a clip_norm")
+        embeddings = outputs.get("embeddings")  # [V, N, D]
+        if embeddings is not None:
+            za, zb = (collectives.gather_no_grad(z.float()) for z in embeddings[:2])  # [B, D] each
+            figures |= {name: value.item() for name, value in diagnostics.of_embeddings(za, zb).items()}
+        self._record(
+            figures
+            | {
+                "lr": self.metrics["lr"],
+                "epoch": self.step / self.plan.steps_per_epoch,
+                "images_per_s": steps_per_s * self.plan.images_per_step,
+                "eta_s": (self.plan.total_steps - self.step) / steps_per_s,
+                "total_steps": self.plan.total_steps,
+                "num_bad": len(self.quarantine),
+            }
+        )
+        if self.monitor and self.step % self.plan.steps_per_epoch < self.cfg.train.log_every:
+            self.monitor.pictures(type(self.method).picture(views), self.step)
+        return bool(sums[-1])
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        self.metrics |= metrics
+        if self.monitor:
+            self.monitor.log(self.step, metrics)
+        self.context.record(metrics)
+
+    def _share_quarantine(self, fresh: list[quarantine.Entry]) -> None:
+        """Tell every rank of the others' bad samples. Raises RunError on all where they are too many."""
+        for entries in collectives.gather_objects(fresh):
+            self.quarantine.merge(entries)
+            if self.monitor:
+                self.monitor.quarantine(entries)
+        num_samples = self.dataset.num_samples
+        num_seen = min(self.step * self.plan.images_per_step, num_samples)
+        quarantine.check_share(len(self.quarantine), num_seen, num_samples, self.cfg.data.max_bad_fraction)
+
+    def _checkpoint(self) -> None:
+        """Take the state now, write it in the background. Every rank calls it."""
+        metrics = dict(self.metrics)
+        state = self._state() if self.context.rank == 0 else {}
+        write = functools.partial(_write, self.context.run_dir, self.cfg.checkpoint, self.step, state, metrics)
+        self.context.commit(write, metrics)
+
+    def _state(self) -> dict[str, Any]:
+        return checkpoint.snapshot(
+            {
+                "model": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "quarantine": list(self.quarantine.entries.values()),
+                "config": config.dump(self.cfg),
+                "dataset": self.dataset.fingerprint,
+                "metrics": self.metrics,
+            }
+        )
+
+    def _resume(self, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            return
+        differs = config.differences(config.parse(state["config"]), self.cfg)
+        if state["dataset"] != self.dataset.fingerprint:
+            differs.append(f"data.source: dataset {state['dataset'][:12]} there, {self.dataset.fingerprint[:12]} here")
+        if differs:
+            raise ConfigError(*(f"{self.context.run_dir} holds another run: {line}" for line in differs))
+        self.method.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.metrics = dict(state["metrics"])
+        self.quarantine.merge(state["quarantine"])
+        log.info("resuming at step %d of %d", self.step, self.plan.total_steps)
+
+    def _write_ledger(self, ids: torch.Tensor) -> None:
+        """ids: int64 [accumulate, N] of this rank. Every rank calls it."""
+        all_ids = collectives.gather_no_grad(ids.T.contiguous()).T  # [accumulate, B]
+        if self.monitor:
+            self.monitor.ledger(self.step, self.plan.epoch(self.step - 1), all_ids.flatten().tolist())
+
+
+def _placed(built: method.Method, device: torch.device, dtype: torch.dtype) -> method.Method:
+    """Global BatchNorm, on the device, in the memory format of the views."""
+    norm.convert(built)
+    built.to(device, precision.parameter_dtype(dtype))
+    return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _cast(views: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Views with their images in `dtype`; without a copy where they are."""
+    return {name: view.to(dtype) if view.is_floating_point() else view for name, view in views.items()}
+
+
+def _write(run_dir: Path, cfg: config.Checkpoint, step: int, state: dict[str, Any], metrics: dict[str, float]) -> Path:
+    path = checkpoint.write(run_dir, step, state, metrics)
+    checkpoint.prune(run_dir, keep_last=cfg.keep_last, keep_best=cfg.keep_best)
+    return path

@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""The command line of distssl; without a command it is `pretrain`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import Progress
+
+from distssl import config, context, report
+from distssl.config import Run
+from distssl.errors import ConfigError, RunError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+ConfigFile = Annotated[Path, typer.Option("--config", help="A YAML file; configs/ has one for each method.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=20.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: this one alone, without Ray.")]
+
+
+@app.command()
+def pretrain(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, workers: Workers = None) -> None:
+    """Pretrain a backbone on unlabelled images and show what it bought. Run again, it goes on where it was."""
+    from distssl import method
+
+    overrides = [*(overrides or []), *([f"machine.workers={workers}"] if workers is not None else [])]
+    run = config.load(config_file, overrides, method.options)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _pretrain_under_torchrun(run)
+    else:
+        _pretrain_here(run)
+
+
+def _pretrain_here(run: Run) -> None:
+    """On a Ray started for it, or in this process."""
+    from distssl import job, method, plan, progress
+    from distssl.data.shards import Dataset
+
+    num_workers = _num_workers(run)
+    method.build(run)  # so that a model that cannot be built is told before anything is packed
+    console.print(f"preparing {run.data.source}", soft_wrap=True)
+    data = job.prepare(run)
+    plan.of_run(run, Dataset.open(data.data), num_workers or 1)  # sizes that do not fit, before any worker starts
+    console.print(f"run {run.run_name}, {num_workers or 'no'} Ray worker{'s' if num_workers != 1 else ''}")
+    with progress.follow(run.run_dir, console), _ctrl_c_asks(run.run_dir):
+        if num_workers:
+            from distssl.on_ray import pretrain as on_ray
+
+            finished = on_ray.run(run, data, num_workers)
+        else:
+            with context.Context(run.run_dir) as alone:
+                finished = job.pretrain(run, alone, data)
+    if not finished:
+        _say_stopped()
+    report.show(run.run_dir, console)
+
+
+def _pretrain_under_torchrun(run: Run) -> None:
+    """This process is one of torchrun's: rank 0 prepares, all of them train."""
+    from distssl import collectives, job
+
+    collectives.init()
+    try:
+        with context.Context(run.run_dir) as ours:
+            if ours.rank == 0:
+                job.prepare(run)
+            collectives.barrier()
+            finished = job.pretrain(run, ours, job.folders(run))
+            if ours.rank == 0 and finished:
+                report.show(run.run_dir, console)
+    finally:
+        collectives.shutdown()
+
+
+def _num_workers(run: Run) -> int:
+    """What the config says, else one a GPU, else two where the CPU and the lanes allow it."""
+    import torch
+
+    from distssl.data import order
+
+    if run.machine.workers is not None:
+        return run.machine.workers
+    lanes = run.data.lanes or order.default_lanes(run.data.global_batch)
+    most = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return max(num for num in range(1, most + 1) if lanes % num == 0)
+
+
+@contextmanager
+def _ctrl_c_asks(run_dir: Path) -> Iterator[None]:
+    """The first Ctrl-C asks the run to save and stop, the second ends it at once."""
+
+    def ask(signum: int, frame: object) -> None:
+        if context.stop_file(run_dir).exists():
+            raise KeyboardInterrupt
+        context.stop_file(run_dir).touch()
+        errors.print("saving a checkpoint, then stopping; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say_stopped()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say_stopped() -> NoReturn:
+    errors.print("stopped; the same command goes on from the last checkpoint")
+    raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.")],
+    task: Annotated[str, typer.Option("--task", help="knn, linear or all.")] = "all",
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate a run's newest checkpoint, and the same backbone untrained, on a downstream task."""
+    from distssl import job, method
+
+    if task not in (*config.TASKS, "all"):
+        raise ConfigError(f"--task {task}: {', '.join(config.TASKS)} or all is right")
+    if not (run / job.CONFIG).exists():
+        raise ConfigError(f"{run}: no run there; a run folder with {job.CONFIG} is right")
+    loaded = config.load(run / job.CONFIG, overrides or [], method.options)
+    with context.Context(run.resolve()) as alone:
+        job.evaluate_run(loaded, alone, config.TASKS if task == "all" else [task])
+    report.show(run.resolve(), console)
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="Folder, zip, CSV or torchvision dataset name.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards and their index.")],
+) -> None:
+    """Pack images into WebDataset tars with an index. Run again after a stop, it goes on."""
+    from distssl.data import shards
+
+    with _bar("packing") as advance:
+        folder = shards.pack(source, out, progress=advance)
+    _describe(folder)
+
+
+@app.command()
+def index(
+    url: Annotated[str, typer.Argument(help="Folder of tars, a tar, a glob or a brace pattern.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the index; beside the tars by default.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Decode every image.")] = False,
+) -> None:
+    """Index WebDataset tars where they lie. Run again after a stop, it goes on."""
+    from distssl.data import shards
+
+    with _bar("indexing") as advance:
+        folder = shards.index(url, out, verify=verify, progress=advance)
+    _describe(folder)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    with Progress(console=console) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _describe(folder: Path) -> None:
+    from distssl.data.shards import Dataset
+
+    dataset = Dataset.open(folder)
+    labels = f"{dataset.num_labelled} with one of {len(dataset.classes)} labels"
+    console.print(f"{folder}: {dataset.num_samples} images in {len(dataset.shard_paths)} shards, {labels}")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; the exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped."""
+    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    if not arguments or arguments[0] not in commands | {"--help"}:
+        arguments = ["pretrain", *arguments]
+    handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    try:
+        app(arguments)  # leaves by SystemExit, with 2 for wrong usage
+    except ConfigError as error:
+        for message in error.messages:
+            _complain(message)
+        return 2
+    except RunError as error:
+        _complain(str(error))
+        return 1
+    return 0
+
+
+def _complain(message: str) -> None:
+    errors.print(f"error: {message}", style="red", soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Fixtures of the whole suite: `ranks(W)` is a pool of W gloo ranks that lives as long as the pytest session.
+
+    def test_something(ranks):
+        results = ranks(2).run(function_of_this_module, *picklable_args)   # one result per rank, in rank order
+
+`function_of_this_module` runs in every rank, inside one process group, with one torch thread. An exception in a rank is
+raised here with its traceback; a rank that does not answer in time fails the test, and its stack goes to stderr. After
+either the pool is thrown away and the next test gets a new one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+class RankError(AssertionError):
+    """A function that ran in the ranks raised in one of them, or did not return in time."""
+
+
+class Ranks:
+    """W processes in one gloo group. They start at the first `run`, which then takes the seconds of torch's import."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.process: subprocess.Popen[bytes] | None = None
+        self.connections: list[connection.Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        """`function(*args)` in every rank: the results in rank order. It must stand at the top of a test module."""
+        if self.process is None:
+            self._start()
+        module = sys.modules[function.__module__]
+        assert getattr(module, function.__qualname__, None) is function, f"{function.__qualname__} is not module-level"
+        for rank in self.connections:
+            rank.send_bytes(pickle.dumps((module.__name__, module.__file__, function.__qualname__, timeout_s)))
+            rank.send_bytes(pickle.dumps(args))
+        return self._collect(function.__qualname__, timeout_s)
+
+    def close(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a session of its own: only the ranks are in it
+            self.process.wait(timeout=30)
+        for rank in self.connections:
+            rank.close()
+        self.process, self.connections = None, []
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environ = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(self.world_size),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        pipes = [multiprocessing.Pipe() for _ in range(self.world_size)]
+        self.connections = [ours for ours, _ in pipes]
+        fds = [theirs.fileno() for _, theirs in pipes]
+        command = [sys.executable, str(ROOT / "tests/ranks.py"), *map(str, fds)]
+        self.process = subprocess.Popen(command, env=environ, pass_fds=fds, start_new_session=True)
+        for _, theirs in pipes:
+            theirs.close()  # so that the death of a rank is an end of file
+        self._collect("joining the process group", timeout_s=120)
+
+    def _collect(self, name: str, timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s + 1  # the ranks dump their stacks at timeout_s
+        waiting = dict(zip(self.connections, range(self.world_size), strict=True))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while waiting:
+            ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for answered in ready:
+                assert isinstance(answered, connection.Connection)
+                rank = waiting.pop(answered)
+                try:
+                    ok, value = pickle.loads(answered.recv_bytes())
+                except EOFError:
+                    ok, value = False, "the process died"
+                (results if ok else failures)[rank] = value
+            if failures:  # the others may wait for the one that failed: give them a moment to fail by themselves
+                deadline = min(deadline, time.monotonic() + 2)
+        if failures or waiting:
+            self.close()
+        if failures:
+            raise RankError(
+                "\n".join(f"rank {rank} of {self.world_size}: {failures[rank]}" for rank in sorted(failures))
+            )
+        if waiting:
+            raise RankError(
+                f"{name}: rank {sorted(waiting.values())} of {self.world_size} is silent after {timeout_s} s"
+            )
+        return [results[rank] for rank in range(self.world_size)]
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    pools: dict[int, Ranks] = {}
+    yield lambda world_size: pools.setdefault(world_size, Ranks(world_size))
+    for pool in pools.values():
+        pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.dist)

@@ -1,0 +1,113 @@
+"""prepare: what `data.source` of a run means."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distssl import atomic
+from distssl.data import shards
+from distssl.errors import ConfigError
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (9, 12, 3), dtype=np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(9):
+        (tmp_path / f"photos/{i}.jpg").write_bytes(picture(i))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def tarred(tmp_path):
+    (tmp_path / "tarred").mkdir()
+    with tarfile.open(tmp_path / "tarred/a.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = len(picture(0))
+        tar.addfile(info, io.BytesIO(picture(0)))
+    return tmp_path / "tarred"
+
+
+def test_a_folder_of_photos_is_packed_once_and_again_when_it_changes(photos, tmp_path):
+    first = shards.prepare(str(photos), tmp_path / "cache")
+    written = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert first.parent == tmp_path / "cache"
+    assert shards.prepare(str(photos), tmp_path / "cache") == first
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == written
+    (photos / "new.jpg").write_bytes(picture(99))
+    second = shards.prepare(str(photos), tmp_path / "cache")
+    assert second != first
+    assert shards.Dataset.open(second).num_samples == 10
+    assert shards.Dataset.open(first).num_samples == 9
+
+
+def test_an_indexed_folder_is_used_as_it_is(photos, tmp_path):
+    out = shards.pack(str(photos), tmp_path / "out")
+    assert shards.prepare(str(out), tmp_path / "cache") == out
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("url", ["tarred", "tarred/*.tar", "tarred/a.tar", "tarred/{a,b}.tar"])
+def test_tars_are_indexed_where_they_lie(url, tarred, tmp_path):
+    folder = shards.prepare(str(tmp_path / url), tmp_path / "cache")
+    assert folder.is_relative_to(tarred)
+    assert shards.Dataset.open(folder).num_samples == 1
+    assert shards.prepare(str(tmp_path / url), tmp_path / "cache") == folder
+    assert not (tmp_path / "cache").exists()
+
+
+def test_tars_that_cannot_be_written_beside_are_indexed_in_the_cache(tarred, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    folder = shards.prepare(str(tarred), tmp_path / "cache")
+    assert folder.parent == tmp_path / "cache"
+    assert shards.Dataset.open(folder).shard_paths == [tarred / "a.tar"]
+    assert [path.name for path in tarred.iterdir()] == ["a.tar"]
+
+
+def test_two_processes_that_pack_the_same_take_turns(photos, tmp_path):
+    """flock belongs to the open file, so a second open in this process is as good as another process."""
+    (tmp_path / "out").mkdir()
+    with atomic.locked(tmp_path / "out"):
+        import fcntl
+
+        with open(tmp_path / "out/.lock") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert shards.Dataset.open(shards.pack(str(photos), tmp_path / "out")).num_samples == 9
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("", "is empty"),
+        ("cifar11", "Did you mean cifar10"),
+        ("no/such/place", "does not exist"),
+        ("no/such/place/*.tar", "does not exist"),
+        ("nowhere.tar", "does not exist"),
+        ("s3://bucket/{0..3}.tar", "on this file system"),
+        ("text", "holds no image"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key_and_the_value(source, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    with pytest.raises(ConfigError, match=says) as caught:
+        shards.prepare(source, tmp_path / "cache")
+    assert str(caught.value).startswith("data.source" + (f"={source}: " if source else ": "))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_bad_tars_name_the_key_too(tarred, tmp_path):
+    Path(tarred / "a.tar").write_bytes(b"garbage" * 1000)
+    with pytest.raises(ConfigError, match=r"^data\.source=.*no usable image in 1 tars"):
+        shards.prepare(str(tarred), tmp_path / "cache")

@@ -1,0 +1,182 @@
+"""Sources: folders, zips, CSVs, torchvision's data sets; which labels they give and how mistakes are told."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distssl.data import sources
+from distssl.errors import ConfigError
+
+
+def picture(number: int, name: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (9, 12, 3), dtype=np.uint8)).save(file, name)
+    return file.getvalue()
+
+
+def lay(root: Path, *names: str) -> dict[str, bytes]:
+    made = {}
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(i))
+        made[name] = path.read_bytes()
+    return made
+
+
+def content(source: sources.Source) -> dict[str, tuple[bytes, int]]:
+    return {name: source.read(i) for i, name in enumerate(source.names)}
+
+
+def open_source(source, tmp_path: Path) -> sources.Source:
+    return sources.open_source(str(source), tmp_path / "downloads", key="data.source")
+
+
+def test_folders_one_level_deep_are_classes_and_stray_text_does_not_change_that(tmp_path):
+    made = lay(tmp_path / "s", "dog/b.jpg", "cat/a.b.JPG", "dog/c.jpg")
+    (tmp_path / "s/README.md").write_text("hello")
+    (tmp_path / "s/.hidden.jpg").write_bytes(b"x")
+    source = open_source(tmp_path / "s", tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert content(source) == {name: (data, int(name[0] == "d")) for name, data in made.items()}
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jpg", "b.jpg"], ["x/a.jpg", "x/b.jpg"], ["x/a.jpg", "b.jpg"], ["x/1/a.jpg", "y/b.jpg"]]
+)
+def test_any_other_shape_of_folder_is_unlabelled(names, tmp_path):
+    lay(tmp_path / "s", *names)
+    source = open_source(tmp_path / "s", tmp_path)
+    assert source.classes == ()
+    assert {label for _, label in content(source).values()} == {-1}
+
+
+def test_an_image_without_an_extension_is_found_by_its_magic(tmp_path, caplog):
+    lay(tmp_path / "s", "scan_0001", "b.jpg")
+    (tmp_path / "s/notes").write_text("no image at all")
+    assert list(open_source(tmp_path / "s", tmp_path).names) == ["b.jpg", "scan_0001"]
+    assert "notes" in caplog.text
+
+
+def test_loops_of_links_end(tmp_path):
+    lay(tmp_path / "s", "a/x.jpg")
+    (tmp_path / "s/a/loop").symlink_to(tmp_path / "s", target_is_directory=True)
+    assert list(open_source(tmp_path / "s", tmp_path).names) == ["a/x.jpg"]
+
+
+def test_a_zip_is_the_folder_in_it(tmp_path):
+    made = lay(tmp_path / "s/photos", "dog/b.jpg", "cat/a.jpg", "cat/ä ö.jpg")
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for name, data in made.items():
+            archive.writestr(f"photos/{name}", data)
+        archive.writestr("__MACOSX/photos/._a.jpg", b"x")
+        archive.writestr("photos/readme.txt", b"hello")
+    source = open_source(tmp_path / "s.zip", tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert content(source) == content(open_source(tmp_path / "s/photos", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("header", "delimiter"),
+    [("path,label", ","), ("Filename;Class", ";"), ("id\timage\tcategory".replace("id\t", ""), "\t")],
+)
+def test_a_csv_names_paths_and_classes(header, delimiter, tmp_path):
+    made = lay(tmp_path, "d/a.jpg", "d/b.jpg", "d/c.jpg")
+    lines = [
+        header,
+        f"d/a.jpg{delimiter}zebra",
+        f"d/b.jpg{delimiter}ant",
+        f"d/c.jpg{delimiter}",
+        f"gone.jpg{delimiter}ant",
+    ]
+    (tmp_path / "s.csv").write_text("\ufeff" + "\n".join(lines))
+    source = open_source(tmp_path / "s.csv", tmp_path)
+    assert source.classes == ("ant", "zebra")
+    labels = {"d/a.jpg": 1, "d/b.jpg": 0, "d/c.jpg": -1}
+    assert content(source) == {name: (made[name], label) for name, label in labels.items()}
+
+
+def test_numbers_in_a_csv_are_sorted_as_numbers(tmp_path):
+    lay(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "s.csv").write_text("file,label\na.jpg,10\nb.jpg,9\n")
+    assert open_source(tmp_path / "s.csv", tmp_path).classes == ("9", "10")
+
+
+def test_a_torchvision_data_set_is_found_in_any_case_and_its_pixels_come_as_png(tmp_path):
+    raw = tmp_path / "downloads/MNIST/raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 28, 28), dtype=np.uint8)
+    for split, n in (("train", 5), ("t10k", 3)):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + pixels[:n].tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + bytes(range(n)))
+    source = open_source("mnist", tmp_path)
+    assert len(source.names) == 5
+    assert len(source.classes) == 10
+    data, label = source.read(4)
+    assert label == 4
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels[4])
+    assert len(open_source("MNIST:test", tmp_path).names) == 3
+
+
+def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a real refusal, at once
+    with pytest.raises(
+        ConfigError, match=r"data.source=cifar10: could not be downloaded .*Without a network, put"
+    ) as caught:
+        open_source("cifar10", tmp_path)
+    assert len(caught.value.messages) == 1
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("cifar11", "Did you mean cifar10"),
+        ("scattered_digit", "Did you mean scattered_digits"),
+        ("no/such/folder", "does not exist"),
+        ("gone.zip", "does not exist"),
+        ("scattered_digits:val", "scattered_digits:test"),
+        ("cifar10:val", "there are train and test"),
+    ],
+)
+def test_a_name_that_is_nothing_is_told_with_what_is_possible(source, says, tmp_path):
+    with pytest.raises(ConfigError, match=f"data.source={source}: .*{says}"):
+        open_source(source, tmp_path)
+
+
+def test_empty_and_imageless_sources_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("hello")
+    (tmp_path / "plain.txt").write_text("hello")
+    (tmp_path / "s.csv").write_text("who,label\na,b\n")
+    (tmp_path / "gone.csv").write_text("path\nnowhere.jpg\n")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    for name, says in {
+        "empty": "holds no image",
+        "text": "holds no image",
+        "empty.zip": "holds no image",
+        "plain.txt": "no zip, CSV or tar",
+        "s.csv": "no path column",
+        "gone.csv": "none of its 1 paths exists",
+    }.items():
+        with pytest.raises(ConfigError, match=says):
+            open_source(tmp_path / name, tmp_path)
+
+
+def test_identity_changes_with_the_source_and_only_then(tmp_path):
+    lay(tmp_path / "s", "a.jpg", "b.jpg")
+    before = sources.identity(str(tmp_path / "s"))
+    assert sources.identity(str(tmp_path / "s")) == before
+    lay(tmp_path / "s", "c.jpg")
+    assert sources.identity(str(tmp_path / "s")) != before
+    assert sources.identity("cifar10") == sources.identity("CIFAR10")

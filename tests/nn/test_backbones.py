@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from distssl.errors import ConfigError
+from distssl.nn import backbones
+
+
+def images(size: int, n: int = 2) -> torch.Tensor:
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_resnet_with_the_default_stem_is_torchvisions(name):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)()
+    theirs.fc = nn.Identity()
+    ours = backbones.build(name)
+    ours.net.load_state_dict(theirs.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(ours.eval().features(images(64)), theirs.eval()(images(64)))
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet101", "wide_resnet50_2"])
+def test_the_other_resnets_have_torchvisions_parameters(name):
+    with torch.device("meta"):
+        theirs, ours = getattr(torchvision.models, name)(), backbones.build(name)
+        theirs.fc = nn.Identity()
+    expected = {key: value.shape for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in ours.net.state_dict().items()} == expected
+
+
+def test_a_resnet_starts_as_torchvisions_does():
+    torch.manual_seed(0)
+    ours = backbones.build("resnet34", zero_init_residual=True).net.state_dict()
+    theirs = torchvision.models.resnet34(zero_init_residual=True).state_dict()
+    for name, value in ours.items():
+        assert value.shape == theirs[name].shape
+        if value.dtype.is_floating_point:
+            torch.testing.assert_close(value.mean(), theirs[name].mean(), rtol=0, atol=0.01)
+            torch.testing.assert_close(value.std(), theirs[name].std(), rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("alexnet", "features."), ("vgg16", "features."), ("vgg16_bn", "features.")]
+)
+def test_the_plain_nets_are_torchvisions_convolutions(name, prefix):
+    ours = backbones.build(name)
+    with torch.device("meta"):
+        theirs = (
+            getattr(torchvision.models, name)(init_weights=False) if name != "alexnet" else torchvision.models.alexnet()
+        )
+    expected = {key: value.shape for key, value in theirs.state_dict().items() if key.startswith(prefix)}
+    assert {key: value.shape for key, value in ours.net.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "features", "channels", "places"),
+    [
+        ("resnet10", {}, 64, 512, 512, 2),
+        ("resnet10", {"stem": "3x3_s2", "width": 32}, 64, 256, 256, 4),
+        ("resnet10", {"stem": "3x3_s1", "width": 16}, 32, 128, 128, 4),
+        ("resnet18", {"stem": "3x3_s1"}, 32, 512, 512, 4),
+        ("resnet50", {"width": 16, "zero_init_residual": True}, 64, 512, 512, 2),
+        ("alexnet", {}, 64, 256, 256, 1),
+        ("vgg16_bn", {}, 32, 512, 512, 1),
+        ("vit_tiny_patch16_224", {"img_size": 64}, 64, 192, 192, 4),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}, 64, 768, 768, 2),
+        ("mobilenetv3_small_050", {}, 64, 1024, 288, 2),
+    ],
+)
+def test_features_and_feature_map_have_their_shapes(name, options, size, features, channels, places):
+    net = backbones.build(name, **options).eval()
+    with torch.no_grad():
+        assert net.num_features == features
+        assert net(images(size)).shape == (2, features)
+        assert net.feature_map(images(size)).shape == (2, channels, places, places)
+
+
+def test_a_transformers_feature_map_has_its_patches_in_their_places():
+    net = backbones.build("vit_tiny_patch16_224", img_size=(64, 96), global_pool="avg", fc_norm=False).eval()
+    x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        feature_map = net.feature_map(x)
+        assert feature_map.shape == (1, 192, 4, 6)
+        tokens = net.net.forward_features(x)
+        torch.testing.assert_close(feature_map[0, :, 2, 5], tokens[0, 1 + 2 * 6 + 5])
+        torch.testing.assert_close(feature_map.mean((2, 3)), net.features(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet81", {}, "model.backbone=resnet81 is unknown; nearest: .*resnet18"),
+        ("hf-hub:timm/resnet18.a1_in1k", {}, "is unknown"),
+        ("resnet18", {"stem": "4x4"}, "model.stem=4x4 is unknown: use 7x7_s2_pool, 3x3_s2, 3x3_s1"),
+        ("vgg16", {"stem": "3x3_s1"}, "model.stem=3x3_s1 needs one of resnet8, .*; vgg16 has only its own stem"),
+        ("vit_tiny_patch16_224", {"stem": "3x3_s2"}, "has only its own stem"),
+        (
+            "resnet18",
+            {"depth": 3},
+            "model.options.depth is not an option of resnet18: it has width, zero_init_residual",
+        ),
+        ("resnet18", {"width": 0}, "model.options.width=0 must be at least 1"),
+        ("alexnet", {"width": 3}, "model.options.width is not an option of alexnet"),
+        ("vit_tiny_patch16_224", {"foo": 3}, "vit_tiny_patch16_224 does not take these options: .*foo"),
+    ],
+)
+def test_what_cannot_be_built_is_the_users_mistake_in_one_line(name, options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        backbones.build(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_the_package_imports_neither_timm_nor_torchvision():
+    code = (
+        "import sys, distssl.nn.backbones, distssl.nn.optim, distssl.nn.norm, distssl.nn.losses; "
+        "print([name for name in ('timm', 'torchvision', 'ray', 'nvidia.dali') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distssl.errors import ConfigError
+from distssl.nn import precision
+
+
+@pytest.fixture
+def restored():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("n", [32, 96, 512])
+def test_float32_products_stay_float32_whatever_was_set(restored, n):
+    assert precision.speed_up_float32_matmul() in ("medium", "highest")
+    a, b = torch.randn(2, n, n, generator=torch.Generator().manual_seed(n))
+    exact = a.double() @ b.double()
+    assert ((a @ b).double() - exact).norm() / exact.norm() < 1e-5
+
+
+def test_a_fast_product_that_is_not_exact_puts_highest_back(restored, monkeypatch):
+    monkeypatch.setattr(precision, "_product_error", lambda device: 2e-3)
+    assert precision.speed_up_float32_matmul() == torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("capabilities", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)])
+def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert precision.resolve("auto", "cpu") == dtype
+
+
+def test_explicit_names_are_taken_at_their_word_and_others_refused():
+    assert precision.resolve("bf16", "cpu") == torch.bfloat16
+    assert precision.resolve("float32", "cpu") == torch.float32
+    with pytest.raises(ConfigError, match=r"train\.precision=fp8 is unknown: auto, bf16, float32, float64 are right"):
+        precision.resolve("fp8", "cpu")

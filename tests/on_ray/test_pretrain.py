@@ -1,0 +1,210 @@
+"""Runs on a real Ray whose processes are killed: what comes out is what an undisturbed run gives.
+
+Every process is known by its place below the driver that started it, so no other Ray on the machine is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distssl import checkpoint, config, job, monitor
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from tests import processes, runs
+from tests.conftest import Ranks
+
+ROOT = Path(__file__).parent.parent.parent
+WAIT_S = 240  # for anything a busy machine may take its time with
+NUM_IMAGES, GLOBAL_BATCH, EPOCHS = 245, 16, 2  # 15 steps an epoch and a remainder of 5 images
+STEPS_PER_EPOCH = NUM_IMAGES // GLOBAL_BATCH
+SETTINGS = [
+    "train.precision=float64",  # so that the order of a sum over ranks is all but invisible
+    f"train.epochs={EPOCHS}",
+    "model.options={width: 24}",
+    "eval.tasks=[]",
+    "checkpoint.every=4",
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    return shards.pack(str(runs.photos(folder / "images", num=NUM_IMAGES)), folder / "packed")
+
+
+def pretrain_here(run: Run, folders: job.Folders) -> None:
+    with Context(run.run_dir) as context:
+        assert job.pretrain(run, context, folders)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Callable[[int], Ranks], packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run by two ranks, without Ray, that nobody stopped."""
+    run = runs.tiny(packed, tmp_path_factory.mktemp("undisturbed"), "name=undisturbed", *SETTINGS)
+    ranks(2).run(pretrain_here, run, job.prepare(run), timeout_s=WAIT_S)
+    return run.run_dir
+
+
+class Driver:
+    """`launch.py pretrain` with two Ray workers, in a process group of its own as a shell would start it."""
+
+    def __init__(self, source: Path, storage: Path, *overrides: str) -> None:
+        self.run_dir = storage / "disturbed"
+        self.log = storage / "driver.log"
+        run = runs.tiny(source, storage, "name=disturbed", *SETTINGS)
+        (storage / "run.yaml").write_text(config.dump(run))
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "launch.py", "pretrain", "--config", storage / "run.yaml", "--workers=2", *overrides],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.seen: set[processes.Process] = set()
+        self.seen_workers: list[processes.Process] = []
+
+    def wait_for_step(self, step: int) -> None:
+        """Until metrics.jsonl has the step, with the driver alive."""
+        path = self.run_dir / monitor.METRICS
+        self._until(lambda: any(row["step"] >= step for row in monitor.read_jsonl(path)), f"step {step}")
+
+    def wait_for_checkpoint(self) -> None:
+        self._until(lambda: any(checkpoint.folder(self.run_dir).glob("step_*")), "a checkpoint")
+
+    def workers(self) -> list[processes.Process]:
+        return [found for found in processes.below(self.process.pid) if "RayTrainWorker" in found.command_line()]
+
+    def kill(self) -> None:
+        """kill -9 of the driver alone; its workers have to end by themselves."""
+        self.seen_workers = self.workers()
+        self.seen |= processes.below(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+
+    def workers_are_gone(self, timeout_s: float = 30) -> bool:
+        """Whether the workers end with the driver; Ray's agents, which take a minute longer, are ended here."""
+        deadline = time.monotonic() + timeout_s
+        while (alive := any(worker.is_alive() for worker in self.seen_workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in self.seen:
+            process.kill()
+        return not alive
+
+    def exit_code(self) -> int:
+        return self.process.wait(WAIT_S)
+
+    def close(self) -> None:
+        """End what a failed test left, and nothing else."""
+        self.seen |= processes.below(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+        for process in self.seen:
+            process.kill()
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            assert self.process.poll() is None, f"the driver ended before {what}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {what} after {WAIT_S} s:\n{self.log.read_text()}"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def start(packed: Path, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    drivers: list[Driver] = []
+
+    def started(*overrides: str) -> Driver:
+        drivers.append(Driver(packed, tmp_path, *overrides))
+        return drivers[-1]
+
+    yield started
+    for driver in drivers:
+        driver.close()
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = monitor.read_jsonl(run_dir / monitor.METRICS)
+    assert [row["step"] for row in rows] == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+    return [row["loss"] for row in rows]
+
+
+def tracebacks(said: str) -> list[str]:
+    """Those but of Ray's own actors, which may lose a race with the end of the Ray they look at."""
+    of_ray = ("PlacementGroupCleaner", "TrainStateActor")
+    return [line for line in said.splitlines() if "Traceback" in line and not any(name in line for name in of_ray)]
+
+
+def check_nothing_shows(run_dir: Path, undisturbed: Path, packed: Path) -> None:
+    """The disturbed run saw every sample once an epoch, but for the remainder, and has the undisturbed losses."""
+    assert Dataset.open(packed).num_samples == NUM_IMAGES
+    ledger = monitor.read_jsonl(run_dir / monitor.LEDGER)
+    for epoch in range(EPOCHS):
+        times = Counter(i for row in ledger if row["epoch"] == epoch for i in row["ids"])
+        assert set(times.values()) == {1}
+        assert len(times) == NUM_IMAGES - NUM_IMAGES % GLOBAL_BATCH
+    assert ledger == monitor.read_jsonl(undisturbed / monitor.LEDGER)
+    assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=1e-6)
+
+
+def test_a_killed_worker_is_replaced_and_nothing_of_it_shows_in_the_result(
+    start: Callable[..., Driver], undisturbed: Path, packed: Path
+) -> None:
+    driver = start()
+    driver.wait_for_step(STEPS_PER_EPOCH // 2)
+    driver.wait_for_checkpoint()
+    workers = driver.workers()
+    assert len(workers) == 2
+    workers[0].kill()
+    assert driver.exit_code() == 0, driver.log.read_text()
+    assert not any(worker.is_alive() for worker in workers)
+    check_nothing_shows(driver.run_dir, undisturbed, packed)
+    assert "resuming at step" in driver.log.read_text()
+
+
+def test_a_run_stopped_by_ctrl_c_and_then_killed_goes_on_each_time_with_the_same_command(
+    start: Callable[..., Driver], undisturbed: Path, packed: Path
+) -> None:
+    driver = start()
+    driver.wait_for_step(2)
+    os.killpg(driver.process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the driver and all it has started
+    assert driver.exit_code() == 130, driver.log.read_text()
+    said = driver.log.read_text()
+    assert "stopped; the same command goes on from the last checkpoint" in said
+    assert not tracebacks(said)
+    (stopped_at,) = (int(path.name.removeprefix("step_")) for path in checkpoint.folder(driver.run_dir).glob("step_*"))
+    assert 2 <= stopped_at < STEPS_PER_EPOCH
+    assert [row["step"] for row in monitor.read_jsonl(driver.run_dir / monitor.METRICS)][-1] == stopped_at
+
+    driver = start()
+    driver.wait_for_step(STEPS_PER_EPOCH + 3)
+    driver.kill()
+    assert driver.workers_are_gone()
+    done = monitor.read_jsonl(driver.run_dir / monitor.METRICS)[-1]["step"]
+    assert done < 2 * STEPS_PER_EPOCH
+
+    driver = start()
+    assert driver.exit_code() == 0, driver.log.read_text()
+    check_nothing_shows(driver.run_dir, undisturbed, packed)
+    resumed = [line for line in driver.log.read_text().splitlines() if "resuming at step" in line]
+    assert len(resumed) >= 2
+
+
+def test_a_mistake_that_a_restart_cannot_mend_ends_the_run_with_one_line(start: Callable[..., Driver]) -> None:
+    driver = start("train.lr=1e30", "train.warmup_epochs=0")
+    assert driver.exit_code() == 1
+    said = driver.log.read_text()
+    assert said.count("error: the loss is") == said.count("error:") == 1
+    assert not tracebacks(said)
+    assert "resuming" not in said

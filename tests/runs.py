@@ -1,0 +1,56 @@
+"""Small real runs for tests: a packed folder of images and a config that trains on it in a second."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from distssl import config, method
+from distssl.config import Run
+
+TINY = [
+    "seed=3",
+    "data.global_batch=16",
+    "data.shuffle_window=8",
+    "method.augment.size_px=32",
+    "method.projector=[32,16]",
+    "model.backbone=resnet10",
+    "model.stem=3x3_s2",
+    "model.options={width: 8}",
+    "train.optimizer=sgd",
+    "train.lr=0.05",
+    "train.warmup_epochs=1",
+    "train.precision=float32",
+    "train.log_every=1",
+    "eval.every=null",
+    "eval.labels=[20,null]",
+    "machine.ledger=true",
+    "machine.workers=0",
+]
+
+
+def photos(folder: Path, *, num: int = 112, classes: int = 4, seed: int = 0) -> Path:
+    """A folder of class subfolders with `num` noisy colour gradients, JPEGs and PNGs of different sizes."""
+    rng = np.random.default_rng(seed)
+    for i in range(num):
+        height, width = rng.integers(36, 64, 2)
+        y, x = np.mgrid[:height, :width] / 64
+        angle, colour = np.pi * (i % classes) / classes, rng.uniform(80, 255, 3)
+        wave = 0.5 + 0.5 * np.sin(12 * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0, 6))
+        pixels = wave[..., None] * colour + rng.normal(0, 12, (height, width, 3))
+        data = io.BytesIO()
+        suffix = ("png", "jpg")[i % 2]
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, {"png": "PNG", "jpg": "JPEG"}[suffix])
+        path = folder / f"class{i % classes}" / f"{i:04d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.getvalue())
+    return folder
+
+
+def tiny(source: Path, storage: Path, *overrides: str) -> Run:
+    """A run on `source` with its folders below `storage`."""
+    places = [f"data.source={source}", f"machine.storage={storage}", f"machine.cache={storage / 'cache'}"]
+    return config.load(None, [*TINY, *places, *overrides], method.options)

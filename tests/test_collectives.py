@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from distssl import collectives
+from distssl.errors import ConfigError
+
+
+def of_rank(rank: int) -> Tensor:
+    return torch.arange(6.0, dtype=torch.float64).reshape(2, 3) + 10 * rank
+
+
+def weights(rank: int, world_size: int) -> Tensor:
+    """What rank `rank` weighs the gathered tensor with: its gradient, different on every rank and row."""
+    return torch.sin(torch.arange(6.0 * world_size, dtype=torch.float64).reshape(-1, 3) + rank)
+
+
+def gather_and_weigh() -> tuple[Tensor, Tensor]:
+    x = of_rank(collectives.rank()).requires_grad_()
+    y = collectives.gather(x)
+    (y * weights(collectives.rank(), collectives.world_size())).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def all_reduce_and_weigh() -> tuple[Tensor, Tensor, bool]:
+    x = of_rank(collectives.rank()).requires_grad_()
+    y = collectives.all_reduce(x)
+    (y * (collectives.rank() + 1)).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad, torch.equal(x, of_rank(collectives.rank()))
+
+
+def gather_transposed_bf16() -> bool:
+    x = of_rank(collectives.rank()).to(torch.bfloat16).T
+    expected = torch.cat([of_rank(rank).to(torch.bfloat16).T for rank in range(collectives.world_size())])
+    return torch.equal(collectives.gather(x), expected)
+
+
+def constants() -> tuple[Tensor, bool, Tensor, list[dict[str, int]], str]:
+    rank = collectives.rank()
+    x = of_rank(rank).requires_grad_()
+    gathered = collectives.gather_no_grad(x)
+    ids = collectives.gather_no_grad(torch.tensor([rank], dtype=torch.int64))
+    objects = collectives.gather_objects({"rank": rank})
+    collectives.barrier()
+    text = collectives.broadcast_object(f"from {rank}", source=collectives.world_size() - 1)
+    total = collectives.sum_(torch.tensor([1.0, rank, 1e-12], dtype=torch.float64))
+    return total, gathered.requires_grad, ids, objects, text
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gather_concatenates_in_rank_order_and_its_gradient_is_the_sum_over_ranks(ranks, world_size):
+    results = ranks(world_size).run(gather_and_weigh)
+    total = sum(weights(rank, world_size) for rank in range(world_size))
+    for rank, (value, grad) in enumerate(results):
+        assert torch.equal(value, torch.cat([of_rank(r) for r in range(world_size)]))
+        torch.testing.assert_close(grad, total[2 * rank : 2 * rank + 2], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all_reduce_sums_both_ways_and_leaves_its_argument_alone(ranks, world_size):
+    total = sum(of_rank(rank) for rank in range(world_size))
+    for value, grad, untouched in ranks(world_size).run(all_reduce_and_weigh):
+        torch.testing.assert_close(value, total, rtol=1e-14, atol=0)
+        assert torch.equal(grad, torch.full((2, 3), sum(range(1, world_size + 1)), dtype=torch.float64))
+        assert untouched
+
+
+def test_gather_takes_bf16_that_is_not_contiguous(ranks):
+    assert ranks(2).run(gather_transposed_bf16) == [True, True]
+
+
+def test_the_collectives_without_gradient_agree_on_every_rank(ranks):
+    for total, requires_grad, ids, objects, text in ranks(2).run(constants):
+        assert torch.equal(total, torch.tensor([2.0, 1.0, 2e-12], dtype=torch.float64))
+        assert not requires_grad
+        assert ids.tolist() == [0, 1]
+        assert objects == [{"rank": 0}, {"rank": 1}]
+        assert text == "from 1"
+
+
+def test_without_a_process_group_every_collective_is_the_identity(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    collectives.init()
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    x = of_rank(0).requires_grad_()
+    assert collectives.gather(x) is x
+    assert collectives.all_reduce(x) is x
+    assert torch.equal(collectives.gather_no_grad(x), x)
+    assert not collectives.gather_no_grad(x).requires_grad
+    assert collectives.sum_(x) is x
+    assert collectives.gather_objects("a") == ["a"]
+    assert collectives.broadcast_object("a") == "a"
+    collectives.barrier()
+    collectives.shutdown()
+
+
+def test_half_of_torchruns_environment_is_named_as_the_users_mistake(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT"):
+        collectives.init("gloo")
+
+
+def fail_on_rank_1() -> None:
+    if collectives.rank() == 1:
+        raise KeyError("the reason")
+    collectives.barrier()
+
+
+def never_answer() -> None:
+    if collectives.rank() == 1:
+        time.sleep(60)
+
+
+def test_the_pool_raises_a_ranks_error_and_names_a_silent_rank_and_recovers(ranks):
+    pool = ranks(2)
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2: Traceback.*fail_on_rank_1.*the reason"):
+        pool.run(fail_on_rank_1)
+    with pytest.raises(AssertionError, match=r"never_answer: rank \[1\] of 2 is silent"):
+        pool.run(never_answer, timeout_s=1)
+    assert pool.run(gather_transposed_bf16) == [True, True]

@@ -1,0 +1,91 @@
+"""What the code must look like, as far as a program can see it; `make check` runs this file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distssl import config, method
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "distssl").rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+# Data-flow order: a module imports only from its own level and those before it.
+LEVELS = [
+    ["errors"],
+    ["atomic", "config"],
+    ["collectives"],
+    ["context"],
+    ["data"],
+    ["nn"],
+    ["methods", "method"],
+    ["plan", "window", "monitor", "checkpoint"],
+    ["downstream"],
+    ["train"],
+    ["job"],
+    ["progress", "report"],
+    ["on_ray"],
+]
+DATA = [
+    ["images"],
+    ["probe", "digits", "catalogue"],
+    ["sources", "tars"],
+    ["indexing"],
+    ["dataset", "packing"],
+    ["shards"],
+    ["draws"],
+    ["order", "store", "augment", "quarantine"],
+    ["graph"],
+    ["loader"],
+]
+
+
+def imported(path: Path) -> set[str]:
+    """The distssl modules a file names in its imports, anywhere in it, as dotted names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("distssl.")}
+
+
+def level(levels: list[list[str]], name: str) -> int:
+    return next(number for number, names in enumerate(levels) if name in names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_stands_above_it(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    if parts == ("__init__",):
+        assert not imported(path)
+        return
+    for name in imported(path):
+        other = name.split(".")[1:]
+        if other[0] != parts[0]:
+            assert level(LEVELS, other[0]) <= level(LEVELS, parts[0]), f"{path.name} imports {name}"
+        elif parts[0] == "data" and parts[1] != "__init__":
+            assert level(DATA, other[1]) < level(DATA, parts[1]), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_has_at_most_300_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_config_loads_and_builds(path: Path) -> None:
+    run = config.load(path, [], method.options)
+    assert method.build(run).backbone.num_features > 0
+
+
+def test_importing_distssl_starts_nothing() -> None:
+    heavy = ("ray", "torch", "nvidia.dali")
+    program = f"import sys, distssl; sys.exit(any(name in sys.modules for name in {heavy}))"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
