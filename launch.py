@@ -46,14 +46,11 @@ def pretrain(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONF
 
 def _pretrain_here(run: Run) -> None:
     """On a Ray started for it, or in this process."""
-    from distssl import job, method, plan, progress
-    from distssl.data.shards import Dataset
+    from distssl import job, progress
 
     num_workers = _num_workers(run)
-    method.build(run)  # so that a model that cannot be built is told before anything is packed
     console.print(f"preparing {run.data.source}", soft_wrap=True)
-    data = job.prepare(run)
-    plan.of_run(run, Dataset.open(data.data), num_workers or 1)  # sizes that do not fit, before any worker starts
+    data = job.prepare(run, num_workers or 1)
     console.print(f"run {run.run_name}, {num_workers or 'no'} Ray worker{'s' if num_workers != 1 else ''}")
     with progress.follow(run.run_dir, console), _ctrl_c_asks(run.run_dir):
         if num_workers:
@@ -76,7 +73,7 @@ def _pretrain_under_torchrun(run: Run) -> None:
     try:
         with context.Context(run.run_dir) as ours:
             if ours.rank == 0:
-                job.prepare(run)
+                job.prepare(run, ours.world_size)
             collectives.barrier()
             finished = job.pretrain(run, ours, job.folders(run))
             if ours.rank == 0 and finished:

@@ -96,9 +96,9 @@ def ours(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
     run = our_run(settings, photos, out, seed)
     interrupted = run.run_dir.exists()
     with progress.follow(run.run_dir, Console(force_terminal=False)), Clock() as clock:
-        job.claim(run)
+        ready = job.prepare(run, 1)
         with Context(run.run_dir) as context:
-            job.pretrain(run, context, job.Folders(Path(run.data.source), None, None))
+            job.pretrain(run, context, ready)
     state = checkpoint.newest(run.run_dir)
     assert state is not None
     trained = method.build(run)

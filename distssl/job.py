@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from distssl import atomic, checkpoint, config, method, train
+from distssl import atomic, checkpoint, config, method, plan, train
 from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
@@ -26,30 +27,46 @@ class Folders:
     eval_test: Path | None
 
 
-def prepare(run: Run) -> Folders:
-    """Claim the run folder, and pack or index what the run reads; once a run, before its workers start.
+def prepare(run: Run, world_size: int) -> Folders:
+    """Check that the run can start, pack or index what it reads, and claim its folder; once, before its workers start.
 
-    Raises ConfigError for sources that cannot be used and for a run folder that holds another run.
+    Raises ConfigError, with the run folder as it was, for a folder that holds another run and for a model, sources or
+    sizes that cannot be used.
     """
-    claim(run)
-    stop_file(run.run_dir).unlink(missing_ok=True)  # what an earlier Ctrl-C asked for is done
-    return folders(run)
+    _refuse_another(run)
+    method.build(run)
+    ready = folders(run)
+    plan.of_run(run, Dataset.open(ready.data), world_size)
+    _claim(run)
+    return ready
 
 
-def claim(run: Run) -> None:
-    """Write the config into the run folder, if that is new or this run's. Raises ConfigError otherwise."""
+def _refuse_another(run: Run) -> None:
     path = run.run_dir / CONFIG
-    try:
-        if path.exists():
-            differs = config.differences(config.parse(path.read_text()), run)
-            if differs:
-                mistakes = (f"{run.run_dir} holds another run: {line}" for line in differs)
-                raise ConfigError(*mistakes, "say name=ANOTHER to start a new run beside it")
+    with _storage_named(run):
+        differs = config.differences(config.parse(path.read_text()), run) if path.exists() else []
+    if differs:
+        mistakes = (f"{run.run_dir} holds another run: {line}" for line in differs)
+        raise ConfigError(*mistakes, "say name=ANOTHER to start a new run beside it")
+
+
+def _claim(run: Run) -> None:
+    """Write the config into the run folder, and forget that somebody asked an earlier start of it to stop."""
+    with _storage_named(run):
         run.run_dir.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as file:
+        with atomic.replacing(run.run_dir / CONFIG) as file:
             file.write_text(config.dump(run))
+        stop_file(run.run_dir).unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage_named(run: Run) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise ConfigError(f"machine.storage={run.machine.storage}: cannot write {path}: {error.strerror}") from None
+        raise ConfigError(
+            f"machine.storage={run.machine.storage}: {run.run_dir} cannot be used: {error.strerror}"
+        ) from None
 
 
 def folders(run: Run) -> Folders:

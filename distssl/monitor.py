@@ -39,7 +39,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a") as file:
+    with atomic.full_disk_named(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -57,10 +57,14 @@ class Monitor:
         self._ledger = run_dir / LEDGER
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and as many points in TensorBoard. step: optimiser steps done."""
+        """One line of metrics.jsonl and as many points in TensorBoard. step: optimiser steps done.
+
+        Raises ConfigError when the disk is full.
+        """
         _append(self._metrics, {"step": step, **metrics})
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        with atomic.full_disk_named(self._metrics):  # TensorBoard's thread hands on what its last write met
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         self._writer.add_text(name, f"```\n{text}\n```", step)

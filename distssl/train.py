@@ -229,7 +229,8 @@ class Training:
         self.step = state["step"]
         self.metrics = dict(state["metrics"])
         self.quarantine.merge(state["quarantine"])
-        log.info("resuming at step %d of %d", self.step, self.plan.total_steps)
+        if self.context.rank == 0:
+            log.info("resuming at step %d of %d", self.step, self.plan.total_steps)
 
     def _write_ledger(self, ids: torch.Tensor) -> None:
         """ids: int64 [accumulate, N] of this rank. Every rank calls it."""

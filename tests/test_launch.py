@@ -187,7 +187,6 @@ def test_a_dataset_that_cannot_be_downloaded_is_told(
 
 
 @pytest.mark.parametrize("right", [["data.source={photos}"], ["data.global_batch=16", "data.source={photos}"]])
-@pytest.mark.xfail(strict=True, reason="job.prepare claims the run folder before it knows that the run can start")
 def test_a_mistake_once_mended_does_not_stand_in_the_way(
     command: Command, photos: Path, tmp_path: Path, right: list[str]
 ) -> None:

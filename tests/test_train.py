@@ -136,13 +136,13 @@ def test_a_damaged_checkpoint_is_passed_over(packed: Path, tmp_path: Path) -> No
 
 def test_a_run_folder_of_another_config_or_other_data_is_refused(packed: Path, tmp_path: Path) -> None:
     run = runs.tiny(packed, tmp_path, "name=one", "train.epochs=1")
-    job.prepare(run)
+    job.prepare(run, 1)
     train_here(run, stop_at=2)
     before = (run.run_dir / job.CONFIG).read_bytes()
     with pytest.raises(ConfigError, match=r"train\.lr: 0\.05 there, 0\.1 here"):
-        job.prepare(runs.tiny(packed, tmp_path, "name=one", "train.epochs=1", "train.lr=0.1"))
+        job.prepare(runs.tiny(packed, tmp_path, "name=one", "train.epochs=1", "train.lr=0.1"), 1)
     assert (run.run_dir / job.CONFIG).read_bytes() == before
-    job.prepare(runs.tiny(packed, tmp_path, "name=one", "train.epochs=1", "machine.threads=2"))
+    job.prepare(runs.tiny(packed, tmp_path, "name=one", "train.epochs=1", "machine.threads=2"), 1)
     others = shards.pack(str(runs.photos(tmp_path / "others", seed=1)), tmp_path / "others_packed")
     with Context(run.run_dir) as context, pytest.raises(ConfigError, match="holds another run"):
         train.Training(run, context, Dataset.open(others))
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(packed: Path, tmp_path: Path) -
 def test_the_job_ends_with_rows_for_the_trained_and_the_random_backbone(packed: Path, tmp_path: Path) -> None:
     run = runs.tiny(packed, tmp_path, "train.epochs=1", "eval.every=1")
     with Context(run.run_dir) as context:
-        assert job.pretrain(run, context, job.prepare(run))
+        assert job.pretrain(run, context, job.prepare(run, 1))
     rows = json.loads((run.run_dir / "summary.json").read_text())["rows"]
     assert {(row["backbone"], row["task"], row["labels"]) for row in rows} == {
         (backbone, task, labels)

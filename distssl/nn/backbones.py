@@ -67,6 +67,8 @@ def build(name: str, stem: str = "7x7_s2_pool", **options: Any) -> Backbone:
         raise ConfigError(f"model.stem={stem} is unknown: use {', '.join(STEMS)}")
     if name in _RESNETS:
         return _build_resnet(name, stem, options)
+    if name not in _PLAIN:
+        _require_timm(name)
     if stem != STEMS[0]:
         raise ConfigError(f"model.stem={stem} needs one of {', '.join(_RESNETS)}; {name} has only its own stem")
     if name in _PLAIN:
@@ -164,8 +166,9 @@ def _build_resnet(name: str, stem: str, options: dict[str, Any]) -> Backbone:
         raise ConfigError(
             *(f"model.options.{option} is not an option of {name}: it has {', '.join(known)}" for option in unknown)
         )
-    if (width := options.get("width", 64)) < 1:
-        raise ConfigError(f"model.options.width={width} must be at least 1")
+    width = options.get("width", 64)
+    if not isinstance(width, int) or width < 1:
+        raise ConfigError(f"model.options.width={width!r}: a whole number of at least 1 is right")
     block, blocks, width_per_group = _RESNETS[name]
     net = ResNet(block, blocks, width_per_group, stem, **options)
     return Convolutional(net, net.num_features)
@@ -185,13 +188,18 @@ def _build_plain(name: str) -> Backbone:
     return Convolutional(nn.Sequential(OrderedDict(features=features)), 512)
 
 
-def _build_timm(name: str, options: dict[str, Any]) -> Backbone:
+def _require_timm(name: str) -> None:
     import timm
 
     if not timm.is_model(name):
         names = [*_RESNETS, *_PLAIN, *timm.list_models()]
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
         raise ConfigError(f"model.backbone={name} is unknown; nearest: {', '.join(near) or ', '.join(_RESNETS)}")
+
+
+def _build_timm(name: str, options: dict[str, Any]) -> Backbone:
+    import timm
+
     try:
         net = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except TypeError as error:  # the only sign timm gives of an option it does not know

@@ -52,7 +52,7 @@ def pretrain_here(run: Run, folders: job.Folders) -> None:
 def undisturbed(ranks: Callable[[int], Ranks], packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same run by two ranks, without Ray, that nobody stopped."""
     run = runs.tiny(packed, tmp_path_factory.mktemp("undisturbed"), "name=undisturbed", *SETTINGS)
-    ranks(2).run(pretrain_here, run, job.prepare(run), timeout_s=WAIT_S)
+    ranks(2).run(pretrain_here, run, job.prepare(run, 2), timeout_s=WAIT_S)
     return run.run_dir
 
 
