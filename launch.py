@@ -165,6 +165,32 @@ def index(
     _describe(folder)
 
 
+@app.command()
+def verify(
+    methods: Annotated[str, typer.Option("--methods", help="Comma-separated; all by default.")] = "",
+    world_sizes: Annotated[str, typer.Option("--world-sizes", help="Numbers of workers, comma-separated.")] = "1,2,4",
+) -> None:
+    """Certify that views, losses, gradients and parameters are the same at any number of workers."""
+    import tempfile
+
+    from distssl import method
+    from distssl import verify as certificate
+
+    names = [method.find(name).__module__.rpartition(".")[2] for name in methods.split(",") if name] or method.names()
+    cases = [certificate.Case(name, accumulate) for name in names for accumulate in (1, 2)]
+    with tempfile.TemporaryDirectory(prefix="distssl-verify-") as folder:
+        verdicts = list(certificate.certify(cases, _whole_numbers("--world-sizes", world_sizes), Path(folder)))
+    report.show_verdicts(verdicts, console)
+    if not all(verdict.holds for verdict in verdicts):
+        raise RunError("a method does not take the same steps at every number of workers")
+
+
+def _whole_numbers(key: str, text: str) -> list[int]:
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise ConfigError(f"{key} {text}: whole numbers of at least 1 are right, for example 1,2,4")
+    return [int(part) for part in text.split(",")]
+
+
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console) as progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 
 from distssl.context import Context
 from distssl.data import augment, loader, quarantine
-from distssl.data.graph import Sample
+from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.downstream import features
 from distssl.nn import optim, precision
@@ -72,6 +71,5 @@ def _requests(ids: np.ndarray, batch: int, steps: int, seed: int) -> Iterator[lo
 
 
 def _crop_and_flip(sample: Sample) -> dict[str, Any]:
-    crop = functools.partial(augment.random_resized_crop, size_px=SIZE_PX, area=CROP_AREA, aspect=(3 / 4, 4 / 3))
-    image = crop(sample.encoded, sample.draws, sample.device)
+    image = augment.random_resized_crop(sample, SIZE_PX, CROP_AREA, (3 / 4, 4 / 3))
     return {"image": augment.normalise(image, mirror=sample.draws.coin(0.5))}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -41,6 +42,36 @@ def init(backend: str | None = None, timeout_s: float = 1800.0) -> None:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def launch(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
+    """Call `function(*args)` in `world_size` new processes of this machine, one gloo group with a thread each.
+
+    Returns the results in rank order. All of it must be picklable. Raises torch's ChildFailedError where a rank fails.
+    """
+    from torch.distributed.launcher import api
+
+    config = api.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id="distssl",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    results = api.elastic_launch(config, _in_group)(function, args)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _in_group(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    torch.set_num_threads(1)
+    init("gloo")
+    try:
+        return function(*args)
+    finally:
+        shutdown()
 
 
 def shutdown() -> None:

@@ -121,6 +121,6 @@ def _score(
 ) -> None:
     """Rows of the untrained and of the trained backbone, by the same recipe, into summary.json."""
     rows = judge.rows("random", method.build(run).backbone, tasks)
-    rows += judge.rows("pretrained", trained.backbone, tasks)
+    rows += judge.rows("pretrained", trained.evaluated(), tasks)
     if context.rank == 0:
         evaluate.write_summary(context.run_dir, rows)

@@ -15,7 +15,7 @@ from torch import nn
 from distssl import methods
 from distssl.config import Run
 from distssl.errors import ConfigError
-from distssl.nn import backbones
+from distssl.nn import backbones, optim
 
 
 class Options(BaseModel):
@@ -23,14 +23,19 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    small: ClassVar[dict[str, Any]]  # options that use every part and take a moment, for `verify` and tests
+
 
 class Method(nn.Module, ABC):
     """A method of self-supervised learning: a backbone, whatever it adds to it, and the loss as its forward.
 
-    Concrete methods are final. State that a restart needs is a module or a buffer.
+    Concrete methods are final. State that a restart needs is a module or a buffer; where the run is, the loop says.
     """
 
     Config: ClassVar[type[Options]] = Options
+
+    epoch = 0  # of the step being taken, from 0
+    num_steps = 0  # optimiser steps done
 
     def __init__(self, cfg: Any, backbone: backbones.Backbone) -> None:
         super().__init__()
@@ -45,7 +50,7 @@ class Method(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def views(cls, cfg: Any, sample: Any) -> dict[str, Any]:
-        """The DALI graph: a data.graph.Sample -> {name: DataNode}. Pretext labels are views too."""
+        """The DALI graph: a data.Sample -> {name: DataNode}. Pretext labels are views too."""
 
     @abstractmethod
     def loss(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -63,14 +68,24 @@ class Method(nn.Module, ABC):
     def on_step_end(self, progress: float) -> None:
         """After each optimiser step; progress is the share of the run's steps done, in (0, 1]."""
 
+    def evaluated(self) -> backbones.Backbone:
+        """The network that evaluation is to see: the backbone, unless the method has a better one."""
+        return self.backbone
+
+    def rate(self, name: str, parameter: nn.Parameter) -> optim.Rate:
+        """The learning rate of one of the method's parameters, by its name, relative to the run's."""
+        return optim.Rate()
+
     @classmethod
     def view_size_px(cls, cfg: Any) -> int:
         """The side of the images the backbone is trained on, which evaluation uses as well."""
         return cfg.augment.size_px
 
-    @classmethod
-    def picture(cls, views: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The views to show in TensorBoard, each [N, 3, H, W] normalised: every image among them, by default."""
+    def picture(self, views: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What TensorBoard shows of the first samples, without gradient: [N, 3, H, W] each, normalised as views are.
+
+        By default every image among the views; a method shows what its network is asked, and answers.
+        """
         return [view for view in views.values() if view.ndim == 4 and view.shape[1] == 3]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from distssl import atomic
 from distssl.data import augment
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 LEDGER = "ledger.jsonl"
+NUM_PICTURES = 8  # samples in a picture
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -69,12 +71,20 @@ class Monitor:
     def text(self, name: str, text: str, step: int = 0) -> None:
         self._writer.add_text(name, f"```\n{text}\n```", step)
 
-    def pictures(self, views: list[torch.Tensor], step: int, num: int = 8) -> None:
-        """The first images as the network sees them: a row a sample, a column a view. views: [N, 3, H, W] each."""
+    def pictures(self, views: list[torch.Tensor], step: int) -> None:
+        """A row a sample, a column a view; smaller views are padded. views: [N, 3, H, W] each, normalised."""
         from torchvision.utils import make_grid
 
         mean, std = torch.tensor(augment.MEAN)[:, None, None], torch.tensor(augment.STD)[:, None, None]
-        shown = [(view[:num].float().cpu() * std + mean).clamp(0, 1) for view in views]
+        height, width = (max(view.shape[dim] for view in views) for dim in (2, 3))
+        shown = [
+            F.pad(
+                (view.float().cpu() * std + mean).clamp(0, 1),
+                (0, width - view.shape[3], 0, height - view.shape[2]),
+                value=1,
+            )
+            for view in views
+        ]
         rows = [image for sample in zip(*shown, strict=True) for image in sample]
         self._writer.add_image("views", make_grid(rows, nrow=len(views), pad_value=1), step)
 

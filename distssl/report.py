@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from distssl.downstream.evaluate import Row, read_summary
+
+if TYPE_CHECKING:
+    from distssl.verify import Verdict
 
 
 def show(run_dir: Path, console: Console) -> None:
@@ -33,6 +37,27 @@ def table(rows: Sequence[Row]) -> Table:
     for backbone in dict.fromkeys(row.backbone for row in rows):
         drawn.add_row(backbone, *(cells.get((backbone, *column), "") for column in columns))
     return drawn
+
+
+def show_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
+    """Print the certificate: a row for each method, number of batches a step and number of workers."""
+    drawn = Table(title="against one process with the whole batch: relative errors")
+    for name in ("method", "batches\na step", "W", "views", "loss", "gradient", "state", ""):
+        drawn.add_column(name, justify="left" if name in ("method", "") else "right")
+    for verdict in verdicts:
+        drawn.add_row(
+            verdict.case.method,
+            str(verdict.case.accumulate),
+            str(verdict.world_size),
+            f"{verdict.views_differ} differ" if verdict.views_differ else "equal",
+            *(f"{error:.0e}" for error in (verdict.loss_error, verdict.gradient_error, verdict.state_error)),
+            "holds" if verdict.holds else "FAILS",
+        )
+    console.print(drawn)
+    for verdict in verdicts:
+        if not verdict.holds:
+            place = f"{verdict.case.method} at {verdict.world_size} workers, {verdict.case.accumulate} batches a step"
+            console.print(f"{place}: worst of its state is {verdict.worst}", soft_wrap=True)
 
 
 def _cell(row: Row) -> str:

@@ -49,6 +49,7 @@ class Training:
         self.method = _placed(method.build(run), context.device, self.dtype)
         self.optimizer = optim.build(
             self.method,
+            rate=self.method.rate,
             name=run.train.optimizer,
             lr=run.train.lr,
             weight_decay=run.train.weight_decay,
@@ -71,22 +72,24 @@ class Training:
         if self.monitor and self.step == 0:
             self.monitor.text("config", config.dump(self.cfg))
         try:
-            batches = self._loader().batches(self.plan.requests(self.step, self.context))
-            self.model.train()
+            batches = self.batches()
             self.window.reset()
             stop = False
             while self.step < self.plan.total_steps and not stop:
-                if self.step % self.plan.steps_per_epoch == 0:
-                    self.method.on_epoch_start(self.plan.epoch(self.step))
-                self._take_step(batches)
+                self.take_step(batches)
                 stop = self._after_step()
             return not stop
         finally:
-            if self.monitor:
-                self.monitor.close()
+            self.close()
 
-    def _loader(self) -> loader.Loader:
-        return loader.Loader(
+    def close(self) -> None:
+        """Write out what the monitor still holds."""
+        if self.monitor:
+            self.monitor.close()
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's views from the next step on, `accumulate` batches a step."""
+        ours = loader.Loader(
             self.dataset,
             functools.partial(type(self.method).views, self.method.cfg),
             seed=self.cfg.seed,
@@ -97,10 +100,15 @@ class Training:
             max_pixels=self.cfg.data.max_pixels,
             quarantine=self.quarantine,
         )
+        return ours.batches(self.plan.requests(self.step, self.context))
 
-    def _take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+    def take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """One optimiser step: `accumulate` batches forward and backward, then the update."""
         cfg = self.cfg.train
+        self.model.train()
+        self.method.epoch, self.method.num_steps = self.plan.epoch(self.step), self.step
+        if self.step % self.plan.steps_per_epoch == 0:
+            self.method.on_epoch_start(self.method.epoch)
         self.metrics["lr"] = optim.learning_rate(
             self.step,
             base=cfg.lr,
@@ -140,8 +148,7 @@ class Training:
             stop = self._log() and not last
         if self.probe and (due or last):
             with self.window.paused():
-                self._record(self.probe(self.method.backbone))
-                self.model.train()
+                self._record(self.probe(self.method.evaluated()))
         if due or last or stop or self.step % self.cfg.checkpoint.every == 0:
             self._checkpoint()
         return stop
@@ -177,7 +184,9 @@ class Training:
             }
         )
         if self.monitor and self.step % self.plan.steps_per_epoch < self.cfg.train.log_every:
-            self.monitor.pictures(type(self.method).picture(views), self.step)
+            shown = {name: view[: monitor.NUM_PICTURES] for name, view in views.items()}
+            with torch.no_grad(), precision.autocast(self.dtype, self.context.device):
+                self.monitor.pictures(self.method.eval().picture(shown), self.step)
         return bool(sums[-1])
 
     def _record(self, metrics: dict[str, float]) -> None:

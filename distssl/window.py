@@ -33,7 +33,7 @@ class Window:
     def means(self) -> dict[str, float]:
         """Mean of each scalar output on this rank."""
         names = self._scalars[0].keys()
-        return {name: torch.stack([row[name].float() for row in self._scalars]).mean().item() for name in names}
+        return {name: torch.stack([row[name].double() for row in self._scalars]).mean().item() for name in names}
 
     def seconds(self) -> float:
         """Wall-clock since the last reset without the pauses."""

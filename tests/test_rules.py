@@ -27,7 +27,7 @@ LEVELS = [
     ["plan", "window", "monitor", "checkpoint"],
     ["downstream"],
     ["train"],
-    ["job"],
+    ["job", "verify"],
     ["progress", "report"],
     ["on_ray"],
 ]
@@ -39,7 +39,8 @@ DATA = [
     ["dataset", "packing"],
     ["shards"],
     ["draws"],
-    ["order", "store", "augment", "quarantine"],
+    ["order", "store", "sample", "quarantine"],
+    ["augment"],
     ["graph"],
     ["loader"],
 ]

@@ -14,13 +14,30 @@ from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, math, types
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distssl.data.draws import Draws
+from distssl.data.sample import Sample
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in 0..1; what downstream users of a backbone expect
 STD = (0.229, 0.224, 0.225)
 CROP_ATTEMPTS = 10
+
+
+class Crop(BaseModel):
+    """A square at a random place of the resized image, and a flip: what most pretext tasks allow themselves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize_px: int = Field(default=256, ge=8, description="of the short side")
+    size_px: int = Field(default=224, ge=8)
+    flip: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Crop:
+        if self.size_px > self.resize_px:
+            raise ValueError(f"size_px={self.size_px} must be at most resize_px={self.resize_px}")
+        return self
 
 
 class Augment(BaseModel):
@@ -44,9 +61,37 @@ class Augment(BaseModel):
     solarize_threshold: int = Field(default=128, ge=0, le=255)
 
 
-def view(encoded: Any, draws: Draws, device: str, cfg: Augment) -> Any:
+class MoCoAugment(Augment):
+    """MoCo v2's augmentations (Chen et al., 2020, https://arxiv.org/abs/2003.04297), which SimSiam takes over."""
+
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    brightness: float = Field(default=0.4, ge=0, le=1)
+    contrast: float = Field(default=0.4, ge=0, le=1)
+    saturation: float = Field(default=0.4, ge=0, le=1)
+    hue_degrees: float = Field(default=36.0, ge=0, le=180)
+
+
+class Asymmetric(Augment):
+    """BYOL's augmentations (Grill et al., NeurIPS 2020, table 6): the second view is rarely blurred, and solarised."""
+
+    brightness: float = Field(default=0.4, ge=0, le=1)
+    contrast: float = Field(default=0.4, ge=0, le=1)
+    saturation: float = Field(default=0.2, ge=0, le=1)
+    hue_degrees: float = Field(default=36.0, ge=0, le=180)
+    blur: float = Field(default=1.0, ge=0, le=1)
+    second_blur: float = Field(default=0.1, ge=0, le=1)
+    second_solarize: float = Field(default=0.2, ge=0, le=1)
+
+    @property
+    def second(self) -> Augment:
+        """The second view's augmentations."""
+        return self.model_copy(update={"blur": self.second_blur, "solarize": self.second_solarize})
+
+
+def view(sample: Sample, cfg: Augment) -> Any:
     """One augmented view: float32 [size_px, size_px, 3], normalised."""
-    image = random_resized_crop(encoded, draws, device, cfg.size_px, cfg.crop_area, cfg.crop_aspect)
+    draws, device = sample.draws, sample.device
+    image = random_resized_crop(sample, cfg.size_px, cfg.crop_area, cfg.crop_aspect)
     image = colour_jitter(image, draws, cfg)
     image = grey(image, draws, cfg.grey)
     if cfg.blur:
@@ -56,17 +101,34 @@ def view(encoded: Any, draws: Draws, device: str, cfg: Augment) -> Any:
     return normalise(image, mirror=draws.coin(cfg.flip))
 
 
-def random_resized_crop(
-    encoded: Any, draws: Draws, device: str, size_px: int, area: tuple[float, float], aspect: tuple[float, float]
-) -> Any:
+def crop(sample: Sample, cfg: Crop) -> Any:
+    """A random square: uint8 [size_px, size_px, 3], not flipped."""
+    image = fn.resize(sample.whole(), resize_shorter=cfg.resize_px, antialias=True)
+    place = {"crop_pos_x": sample.draws.unit(), "crop_pos_y": sample.draws.unit()}
+    return fn.crop(image, crop_h=cfg.size_px, crop_w=cfg.size_px, **place)
+
+
+def pair(sample: Sample, cfg: Augment) -> dict[str, Any]:
+    """Two views "a" and "b", each as `view`."""
+    second = cfg.second if isinstance(cfg, Asymmetric) else cfg
+    return {"a": view(sample, cfg), "b": view(sample, second)}
+
+
+def multi_crop(sample: Sample, large: Augment, small: Augment, num_small: int) -> dict[str, Any]:
+    """SwAV's crops: "a" and "b" as `pair`, and num_small of them, "local0" on; the image is decoded once."""
+    sample = sample.decoded()
+    return pair(sample, large) | {f"local{i}": view(sample, small) for i in range(num_small)}
+
+
+def random_resized_crop(sample: Sample, size_px: int, area: tuple[float, float], aspect: tuple[float, float]) -> Any:
     """Decode a random region alone and resize it, antialiased, to a square.
 
     The region has a uniform share of the image's area and a log-uniform aspect (width over height); the first of
     CROP_ATTEMPTS pairs that fits into the image is taken, as torchvision's RandomResizedCrop does, so that recipes
     carry over. Where none fits, it is the largest region of an allowed aspect.
     """
-    shape = fn.peek_image_shape(encoded)
-    height, width = fn.cast(shape[0], dtype=types.FLOAT), fn.cast(shape[1], dtype=types.FLOAT)
+    draws = sample.draws
+    height, width = sample.size()
     pixels = height * width * (area[0] + (area[1] - area[0]) * draws.units(CROP_ATTEMPTS))
     ratio = math.exp(np.log(aspect[0]) + np.log(aspect[1] / aspect[0]) * draws.units(CROP_ATTEMPTS))
     widths, heights = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
@@ -79,23 +141,12 @@ def random_resized_crop(
     crop_h = fn.reductions.sum(heights * chosen) + none * math.min(height, width / aspect[0])
     crop_w, crop_h = math.clamp(crop_w, 1.0, width), math.clamp(crop_h, 1.0, height)
     top, left = (height - crop_h) * draws.unit(), (width - crop_w) * draws.unit()
-    image = fn.decoders.image_slice(
-        encoded,
-        fn.stack(top, left),
-        fn.stack(crop_h, crop_w),
-        normalized_anchor=False,
-        normalized_shape=False,
-        axis_names="HW",
-        device="mixed" if device == "gpu" else "cpu",
-        output_type=types.RGB,
-    )
-    return fn.resize(image, size=(size_px, size_px), antialias=True)
+    return fn.resize(sample.region(top, left, crop_h, crop_w), size=(size_px, size_px), antialias=True)
 
 
-def centre_crop(encoded: Any, device: str, size_px: int, resize_px: int) -> Any:
+def centre_crop(sample: Sample, size_px: int, resize_px: int) -> Any:
     """Decode, resize the short side to resize_px, antialiased, and cut the middle square of size_px."""
-    image = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
-    image = fn.resize(image, resize_shorter=resize_px, antialias=True)
+    image = fn.resize(sample.whole(), resize_shorter=resize_px, antialias=True)
     return fn.crop(image, crop_h=size_px, crop_w=size_px)
 
 

@@ -15,6 +15,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, tensors, types
 
 from distssl.data import draws
+from distssl.data.sample import Sample
 
 
 class Feed(NamedTuple):
@@ -24,17 +25,6 @@ class Feed(NamedTuple):
     ids: np.ndarray  # int64 [N]
     labels: np.ndarray  # int64 [N]
     encoded: list[bytes]  # N images
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a view graph starts from; every field is a DataNode but `draws` and `device`."""
-
-    encoded: Any  # uint8 [bytes]
-    draws: draws.Draws
-    id: Any  # int64 scalar
-    label: Any  # int64 scalar, -1 where there is none
-    device: str  # "cpu" or "gpu": where images are
 
 
 Views = Callable[[Sample], dict[str, Any]]

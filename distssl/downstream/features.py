@@ -13,9 +13,9 @@ import torch
 from distssl import collectives
 from distssl.context import Context
 from distssl.data import augment, draws
-from distssl.data.graph import Sample
 from distssl.data.loader import Loader, Request
 from distssl.data.quarantine import Quarantine
+from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.nn import precision
 
@@ -99,7 +99,7 @@ def extract(
 
 
 def _views(how: Extraction, sample: Sample) -> dict[str, Any]:
-    image = augment.centre_crop(sample.encoded, sample.device, how.size_px, round(how.size_px / how.crop))
+    image = augment.centre_crop(sample, how.size_px, round(how.size_px / how.crop))
     return {"image": augment.normalise(image)}
 
 

@@ -17,7 +17,7 @@ by default) can be switched on.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
@@ -37,6 +37,8 @@ class Config(method.Options):
     )
     augment: Augment = Augment()
 
+    small: ClassVar = {"projector": [32, 16], "augment": {"size_px": 32}}
+
 
 class SimCLR(method.Method):
     Config = Config
@@ -46,9 +48,7 @@ class SimCLR(method.Method):
 
     @classmethod
     def views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
-        a = augment.view(sample.encoded, sample.draws, sample.device, cfg.augment)
-        b = augment.view(sample.encoded, sample.draws, sample.device, cfg.augment)
-        return {"a": a, "b": b}
+        return augment.pair(sample, cfg.augment)
 
     def loss(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # Both views in one forward, so that BatchNorm's statistics are those of the whole batch of 2B.

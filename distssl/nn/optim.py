@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,28 +13,34 @@ from torch import nn
 from distssl.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class Rate:
+    """How a parameter's learning rate differs from the run's."""
+
+    scale: float = 1.0
+    constant: bool = False  # the peak learning rate at every step, without warm-up and decay
+
+
 def build(
     module: nn.Module,
     *,
+    rate: Callable[[str, nn.Parameter], Rate] = lambda _name, _parameter: Rate(),
     name: str,
     lr: float,
     weight_decay: float,
     momentum: float = 0.9,
     trust_coefficient: float = 0.001,
 ) -> torch.optim.Optimizer:
-    """An optimiser over the parameters of `module` that require a gradient, in two groups.
+    """An optimiser over the parameters of `module` that require a gradient, grouped by what is done to them.
 
-    Weights (two dimensions or more) come first; biases and the parameters of norms have no weight decay and, under
-    LARS, no adaptation. `name` is "sgd", "adamw" (`momentum` is its beta1) or "lars" (You, Gitman and Ginsburg, Large
-    Batch Training of Convolutional Networks, https://arxiv.org/abs/1708.03888; `trust_coefficient` is its eta).
+    Biases and the parameters of norms (one dimension) have no weight decay and, under LARS, no adaptation. `rate`
+    gives a parameter, by its name, a learning rate of its own. `name` is "sgd", "adamw" (`momentum` is its beta1) or
+    "lars" (You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks,
+    https://arxiv.org/abs/1708.03888; `trust_coefficient` is its eta).
     The learning rate multiplies the momentum buffer, as in torch's SGD, so it may change from step to step.
     Raises ConfigError for an unknown name.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = _groups(module, rate, lr, weight_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     if name == "adamw":
@@ -39,8 +48,6 @@ def build(
     if name == "lars":
         from timm.optim.lars import Lars  # four seconds that only its users should wait
 
-        # timm adapts only groups with weight decay unless told otherwise; adaptation must not hang on the decay.
-        groups[0]["always_adapt"] = True
         return Lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)  # pyright: ignore[reportArgumentType]
     raise ConfigError(f"optimizer={name} is unknown: use sgd, adamw or lars")
 
@@ -59,6 +66,29 @@ def learning_rate(step: int, *, base: float, total_steps: int, warmup_steps: int
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Make `lr` the learning rate of every group."""
+    """Make `lr` the learning rate of every group, but for what its `Rate` says."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if not group["lr_constant"]:
+            group["lr"] = lr * group["lr_scale"]
+
+
+def _groups(
+    module: nn.Module, rate: Callable[[str, nn.Parameter], Rate], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups, weights before biases and norms; the same for the same module, in its parameters' order."""
+    found: dict[tuple[bool, Rate], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            found.setdefault((parameter.ndim > 1, rate(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": lr * rate.scale,
+            "lr_scale": rate.scale,
+            "lr_constant": rate.constant,
+            "weight_decay": weight_decay if is_weight else 0.0,
+            # timm's LARS adapts only groups with weight decay unless told so; adaptation must not hang on the decay.
+            "always_adapt": is_weight,
+        }
+        for (is_weight, rate), parameters in sorted(found.items(), key=lambda item: not item[0][0])
+    ]

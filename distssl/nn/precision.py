@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
+from torch import Tensor
 
 from distssl.errors import ConfigError
+
+P = ParamSpec("P")
 
 # float64 is for proofs: it tells a wrong gradient from one that is only rounded.
 _DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -26,6 +33,24 @@ def resolve(name: str, device: torch.device | str) -> torch.dtype:
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Compute in bfloat16 inside the block where that is the dtype; otherwise change nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Compute a loss outside autocast, with its tensors in float32 at least: sums of exponentials need it."""
+
+    @functools.wraps(loss)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return loss(*map(_widened, args), **{name: _widened(arg) for name, arg in kwargs.items()})  # pyright: ignore[reportCallIssue]
+
+    return computed
+
+
+def _widened(value: object) -> object:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value
 
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from scipy import ndimage, stats
 from torchvision.transforms import RandomResizedCrop, v2
 
 from distssl.data import augment, draws, graph
+from distssl.data.sample import Sample
 from tests import planted
 
 
@@ -30,7 +31,7 @@ def run(views: graph.Views, encoded: list[bytes]) -> dict[str, torch.Tensor]:
 def through(piece: Callable[[Any, draws.Draws], Any], arrays: list[np.ndarray]) -> np.ndarray:
     """Images after one graph piece, [N, H, W, C]."""
 
-    def views(sample: graph.Sample) -> dict[str, Any]:
+    def views(sample: Sample) -> dict[str, Any]:
         image = fn.decoders.image(sample.encoded, output_type=types.RGB)
         return {"view": piece(image, sample.draws)}
 
@@ -49,8 +50,8 @@ def coordinates(height: int, width: int) -> bytes:
 def crops(height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], n: int = 2000) -> np.ndarray:
     """Left, top, width and height in pixels of n crops, measured in their pixels, [n, 4]."""
 
-    def views(sample: graph.Sample) -> dict[str, Any]:
-        return {"view": augment.random_resized_crop(sample.encoded, sample.draws, sample.device, 16, area, aspect)}
+    def views(sample: Sample) -> dict[str, Any]:
+        return {"view": augment.random_resized_crop(sample, 16, area, aspect)}
 
     view = run(views, [coordinates(height, width)] * n)["view"].float().numpy()  # [n, 3, 16, 16]
     # The outermost pixels are filtered with the border, so the slope is taken inside.
@@ -90,8 +91,8 @@ def test_where_no_attempt_fits_the_crop_is_the_largest_of_an_allowed_aspect() ->
 def test_images_of_a_few_pixels_have_views_too(size: tuple[int, int]) -> None:
     cfg = augment.Augment(size_px=16, solarize=0.5)
 
-    def views(sample: graph.Sample) -> dict[str, Any]:
-        return {"view": augment.view(sample.encoded, sample.draws, sample.device, cfg)}
+    def views(sample: Sample) -> dict[str, Any]:
+        return {"view": augment.view(sample, cfg)}
 
     view = run(views, [planted.picture(i, size=size) for i in range(50)])["view"]
     assert view.shape == (50, 3, 16, 16)
@@ -162,8 +163,8 @@ def test_normalise_is_its_closed_form_and_mirrors_left_to_right() -> None:
     assert got == pytest.approx(expected, abs=1e-5)
 
 
-def centre(sample: graph.Sample) -> dict[str, Any]:
-    return {"view": augment.centre_crop(sample.encoded, sample.device, 32, 36)}
+def centre(sample: Sample) -> dict[str, Any]:
+    return {"view": augment.centre_crop(sample, 32, 36)}
 
 
 @pytest.mark.parametrize("size", [(54, 36), (36, 54), (300, 200), (36, 36), (20, 30)])

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from distssl.data import draws, graph
+from distssl.data.sample import Sample
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (1, 0), (2**63 - 1, 99)])
@@ -63,7 +64,7 @@ def run(views: graph.Views, ids: np.ndarray, batch_size: int = 64) -> dict[str, 
     return built.run()
 
 
-def take(sample: graph.Sample) -> dict[str, object]:
+def take(sample: Sample) -> dict[str, object]:
     d = sample.draws
     taken = {"unit": d.unit(), "uniform": d.uniform(-3, 5), "coin": d.coin(0.3), "integer": d.integer(7)}
     return taken | {"log_uniform": d.log_uniform(0.01, 10)}
@@ -82,7 +83,7 @@ def test_draws_in_a_graph_are_closed_forms_of_the_columns() -> None:
     assert got["log_uniform"] == pytest.approx(0.01 * 1000 ** u[:, 4], rel=1e-5)
 
 
-def branch(sample: graph.Sample) -> dict[str, object]:
+def branch(sample: Sample) -> dict[str, object]:
     x = sample.draws.unit()
     if sample.draws.coin(0.5):
         x = sample.draws.unit()

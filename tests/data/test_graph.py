@@ -12,6 +12,7 @@ from nvidia.dali import backend, fn, types
 
 from distssl import method
 from distssl.data import augment, graph
+from distssl.data.sample import Sample
 from tests import planted
 
 REGISTERED = {
@@ -35,14 +36,14 @@ def operators(views: graph.Views, device: str) -> list[Any]:
     return traced.pipeline._ops
 
 
-def evaluation(sample: graph.Sample) -> dict[str, Any]:
-    return {"image": augment.normalise(augment.centre_crop(sample.encoded, sample.device, 32, 36))}
+def evaluation(sample: Sample) -> dict[str, Any]:
+    return {"image": augment.normalise(augment.centre_crop(sample, 32, 36))}
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", [*method.names(), "evaluation"])
 def test_every_operator_has_a_kernel_where_it_runs(name: str, device: str) -> None:
-    def views(sample: graph.Sample) -> dict[str, Any]:
+    def views(sample: Sample) -> dict[str, Any]:
         if name == "evaluation":
             return evaluation(sample)
         found = method.find(name)
@@ -63,7 +64,7 @@ def test_every_operator_has_a_kernel_where_it_runs(name: str, device: str) -> No
 
 
 def test_a_graph_says_how_many_draws_it_takes() -> None:
-    def views(sample: graph.Sample) -> dict[str, Any]:
+    def views(sample: Sample) -> dict[str, Any]:
         return {"a": sample.draws.unit(), "b": sample.draws.coin(0.5), "c": sample.draws.uniform(0, 1)}
 
     traced = graph.trace(views, no_source, backend="gpu")
@@ -71,8 +72,8 @@ def test_a_graph_says_how_many_draws_it_takes() -> None:
     assert traced.names == ("id", "label", "a", "b", "c")
 
 
-def everything(sample: graph.Sample) -> dict[str, Any]:
-    image = augment.centre_crop(sample.encoded, sample.device, 32, 36)
+def everything(sample: Sample) -> dict[str, Any]:
+    image = augment.centre_crop(sample, 32, 36)
     return {"image": augment.normalise(image), "half": fn.cast(sample.id, dtype=types.FLOAT) / 2.0, "raw": image}
 
 

@@ -26,6 +26,7 @@ from distssl.data import augment, graph, shards
 from distssl.data.loader import Loader, Request
 from distssl.data.order import Order
 from distssl.data.quarantine import Entry, Quarantine
+from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.errors import RunError
 from distssl.plan import Plan
@@ -48,8 +49,8 @@ def simclr() -> graph.Views:
     return functools.partial(found.views, found.Config.model_validate({"augment": OPTIONS}))
 
 
-def centre(sample: graph.Sample) -> dict[str, Any]:
-    return {"image": augment.centre_crop(sample.encoded, sample.device, 24, 28)}
+def centre(sample: Sample) -> dict[str, Any]:
+    return {"image": augment.centre_crop(sample, 24, 28)}
 
 
 def make(dataset: Dataset, views: graph.Views, batch_size: int, **options: Any) -> Loader:
@@ -272,7 +273,7 @@ def test_a_lane_without_a_usable_sample_ends_the_run(folder: Path) -> None:
 
 
 def test_a_failure_that_is_not_the_datas_is_not_swallowed(folder: Path) -> None:
-    def views(sample: graph.Sample) -> dict[str, Any]:
+    def views(sample: Sample) -> dict[str, Any]:
         return {"image": sample.encoded}  # of different lengths: no tensor
 
     with pytest.raises(RuntimeError, match=r"as_tensor|dense|shape"):
