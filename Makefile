@@ -18,7 +18,7 @@ check: $(VENV)/dev
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_rules.py
 
-bench: $(VENV)/bench
+bench: $(VENV)/dev
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/overhead.py
 
@@ -33,7 +33,3 @@ $(VENV)/demo: pyproject.toml | $(BIN)/python
 $(VENV)/dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -e '.[dev]'
 	touch $@ $(VENV)/demo
-
-$(VENV)/bench: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -e '.[dev,bench]'
-	touch $@

@@ -31,7 +31,7 @@ def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: 
     precision.speed_up_float32_matmul()
     dtype = precision.resolve("auto", "cpu")
     dataset = Dataset.open(photos.splits[data].train)
-    ids = features.labelled_ids(dataset)
+    ids = dataset.labelled_ids()
     ids = ids if labels is None else features.subset(ids, labels, seed)
     batch = min(BATCH, len(ids))
     steps = max(1, round(STEPS[labels] * settings.epochs / 15))

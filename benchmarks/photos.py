@@ -157,7 +157,7 @@ def extract(model: torch.nn.Module, packed: Path, context: Context, threads: int
     """What the model makes of the middle square of every labelled photo."""
     dataset = Dataset.open(packed)
     how = features.Extraction(size_px=SIZE_PX, crop=1.0, threads=threads, max_pixels=50_000_000, dtype=dtype)
-    return features.extract(model, dataset, features.labelled_ids(dataset), how, context)
+    return features.extract(model, dataset, dataset.labelled_ids(), how, context)
 
 
 def pick(train: Features, num: int, draw: int) -> Features:

@@ -34,6 +34,11 @@ class Data(Section):
         default=None, description="null: the divisor of global_batch that suits most workers"
     )
     shuffle_window: PositiveInt = Field(default=2048, description="samples shuffled among themselves within a lane")
+    labelled: str | None = Field(
+        default=None, description="labelled images, for methods that learn from labels too; null: those of source"
+    )
+    labelled_batch: PositiveInt = Field(default=64, description="labelled images a step over all workers")
+    num_labelled: PositiveInt | None = Field(default=None, description="labels to learn from; null: all there are")
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     max_pixels: PositiveInt = Field(default=50_000_000, description="larger images are refused from their header")
 

@@ -23,6 +23,7 @@ class Folders:
     """The packed or indexed datasets of a run; None where there are no labels, or no test set of their own."""
 
     data: Path
+    labelled: Path | None  # for a method that learns from labels too
     eval_train: Path | None
     eval_test: Path | None
 
@@ -37,6 +38,8 @@ def prepare(run: Run, world_size: int) -> Folders:
     method.build(run)
     ready = folders(run)
     plan.of_run(run, Dataset.open(ready.data), world_size)
+    if ready.labelled:
+        plan.of_labelled(run, Dataset.open(ready.labelled), world_size)
     _claim(run)
     return ready
 
@@ -73,14 +76,18 @@ def folders(run: Run) -> Folders:
     """Pack or index the sources of a run that are not ready yet."""
     cache = run.machine.cache
     data = shards.prepare(run.data.source, cache)
+    labelled = None
+    if method.find(run.method.name).learns_from_labels:
+        labelled = shards.prepare(run.data.labelled, cache, key="data.labelled") if run.data.labelled else data
     if not run.eval.tasks:
-        return Folders(data, None, None)
-    labelled = shards.prepare(run.eval.source, cache, key="eval.source") if run.eval.source else data
-    if not Dataset.open(labelled).num_labelled and not run.eval.source:
-        return Folders(data, None, None)
+        return Folders(data, labelled, None, None)
+    eval_train = shards.prepare(run.eval.source, cache, key="eval.source") if run.eval.source else data
+    if not Dataset.open(eval_train).num_labelled and not run.eval.source:
+        return Folders(data, labelled, None, None)
     return Folders(
         data,
         labelled,
+        eval_train,
         shards.prepare(run.eval.test_source, cache, key="eval.test_source") if run.eval.test_source else None,
     )
 
@@ -88,7 +95,8 @@ def folders(run: Run) -> Folders:
 def pretrain(run: Run, context: Context, data: Folders) -> bool:
     """Train from where the run folder is, then evaluate; False where somebody asked to stop before the end."""
     judge = _judge(run, context, data)
-    training = train.Training(run, context, Dataset.open(data.data), judge.online if judge else None)
+    labelled = Dataset.open(data.labelled) if data.labelled else None
+    training = train.Training(run, context, Dataset.open(data.data), judge.online if judge else None, labelled)
     if not training.run():
         return False
     if judge:
@@ -120,7 +128,7 @@ def _score(
     judge: evaluate.Evaluation, run: Run, context: Context, trained: method.Method, tasks: Sequence[str]
 ) -> None:
     """Rows of the untrained and of the trained backbone, by the same recipe, into summary.json."""
-    rows = judge.rows("random", method.build(run).backbone, tasks)
+    rows = judge.rows("random", method.build(run).evaluated(), tasks)
     rows += judge.rows("pretrained", trained.evaluated(), tasks)
     if context.rank == 0:
         evaluate.write_summary(context.run_dir, rows)

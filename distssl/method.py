@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -33,9 +34,11 @@ class Method(nn.Module, ABC):
     """
 
     Config: ClassVar[type[Options]] = Options
+    learns_from_labels: ClassVar[bool] = False  # then views named "labelled.NAME" come from `labelled_views`
 
     epoch = 0  # of the step being taken, from 0
     num_steps = 0  # optimiser steps done
+    progress = 0.0  # their share of the run's
 
     def __init__(self, cfg: Any, backbone: backbones.Backbone) -> None:
         super().__init__()
@@ -51,6 +54,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def views(cls, cfg: Any, sample: Any) -> dict[str, Any]:
         """The DALI graph: a data.Sample -> {name: DataNode}. Pretext labels are views too."""
+
+    @classmethod
+    def labelled_views(cls, cfg: Any, sample: Any) -> dict[str, Any]:
+        """The graph of the second stream, of labelled images, for a method that learns from labels."""
+        raise NotImplementedError
 
     @abstractmethod
     def loss(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,6 +102,7 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
 
 
+@functools.cache
 def find(name: str) -> type[Method]:
     """The method in distssl/methods/NAME.py. Raises ConfigError naming the nearest for an unknown name."""
     if name not in names():

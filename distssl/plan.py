@@ -6,12 +6,17 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from distssl.config import Run
 from distssl.context import Context
+from distssl.data import draws
 from distssl.data.loader import Request
 from distssl.data.order import Order
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
+
+LABELLED = 0x1ABE1  # keeps the labelled stream's draws apart from the other's
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,49 @@ class Plan:
 
     def _replacement(self, epoch: int, batch: int, first_slot: int, index: int, attempt: int) -> int:
         return self.order.replacement(epoch, batch, first_slot + index, attempt)
+
+
+@dataclass(frozen=True)
+class LabelledStream:
+    """A second stream, of labelled images alone: a batch beside each of the plan's, in epochs of its own.
+
+    order: of positions in ids. ids: int64 [num_labelled], the samples it is made of.
+    """
+
+    order: Order
+    ids: np.ndarray
+
+    def requests(self, start: int, stop: int, context: Context) -> Iterator[Request]:
+        """What this rank asks of the loader for batches `start` to `stop`, counted from the start of the run."""
+        rank, world_size = context.rank, context.world_size
+        first_slot = rank * (self.order.global_batch // world_size)
+        for nth in range(start, stop):
+            epoch, batch = divmod(nth, self.order.steps_per_epoch)
+            positions = self.order.rank_batch(epoch, batch, rank=rank, world_size=world_size)
+            yield Request(self.ids[positions], epoch, functools.partial(self._replacement, epoch, batch, first_slot))
+
+    def _replacement(self, epoch: int, batch: int, first_slot: int, index: int, attempt: int) -> int:
+        return int(self.ids[self.order.replacement(epoch, batch, first_slot + index, attempt)])
+
+
+def of_labelled(run: Run, dataset: Dataset, world_size: int) -> LabelledStream:
+    """The labelled stream of a run. Raises ConfigError where there are too few labels or the sizes do not fit."""
+    key = "data.labelled" if run.data.labelled else "data.source"
+    ids = dataset.labelled_ids()
+    if run.data.num_labelled is not None:
+        if run.data.num_labelled > len(ids):
+            raise ConfigError(f"data.num_labelled={run.data.num_labelled} is more than the {len(ids)} labels of {key}")
+        ids = np.sort(ids[np.argsort(draws.hash64(run.seed, LABELLED, ids), kind="stable")[: run.data.num_labelled]])
+    if len(ids) < run.data.labelled_batch:
+        raise ConfigError(f"data.labelled_batch={run.data.labelled_batch} is more than the {len(ids)} labels of {key}")
+    order = Order(
+        np.array([0, len(ids)]),
+        seed=run.seed,
+        global_batch=run.data.labelled_batch,
+        shuffle_window=run.data.shuffle_window,
+    )
+    order.check_world_size(world_size)
+    return LabelledStream(order, ids)
 
 
 def of_run(run: Run, dataset: Dataset, world_size: int) -> Plan:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from distssl import checkpoint, collectives, config, method, monitor, plan, window
+from distssl import checkpoint, collectives, config, method, monitor, plan, streams, window
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import loader, quarantine
+from distssl.data import quarantine
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
 from distssl.nn import diagnostics, norm, optim, precision
@@ -37,10 +37,18 @@ class Training:
     sizes do not fit the number of workers.
     """
 
-    def __init__(self, run: Run, context: Context, dataset: Dataset, probe: Probe | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        context: Context,
+        dataset: Dataset,
+        probe: Probe | None = None,
+        labelled: Dataset | None = None,
+    ) -> None:
         self.cfg = run
         self.context = context
         self.dataset = dataset
+        self.labelled = labelled
         self.probe = probe
         self.plan = plan.of_run(run, dataset, context.world_size)
         self.quarantine = quarantine.Quarantine()
@@ -89,24 +97,21 @@ class Training:
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's views from the next step on, `accumulate` batches a step."""
-        ours = loader.Loader(
-            self.dataset,
-            functools.partial(type(self.method).views, self.method.cfg),
-            seed=self.cfg.seed,
-            batch_size=self.plan.order.global_batch // self.context.world_size,
-            threads=self.cfg.machine.threads,
-            prefetch=self.cfg.machine.prefetch,
-            device=self.context.device,
-            max_pixels=self.cfg.data.max_pixels,
-            quarantine=self.quarantine,
+        ours = streams.of_images(
+            self.cfg, self.method, self.dataset, self.plan, self.step, self.context, self.quarantine
         )
-        return ours.batches(self.plan.requests(self.step, self.context))
+        if self.labelled is None:
+            return ours
+        return streams.beside(
+            ours, streams.of_labels(self.cfg, self.method, self.labelled, self.plan, self.step, self.context)
+        )
 
     def take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """One optimiser step: `accumulate` batches forward and backward, then the update."""
         cfg = self.cfg.train
         self.model.train()
         self.method.epoch, self.method.num_steps = self.plan.epoch(self.step), self.step
+        self.method.progress = self.step / self.plan.total_steps
         if self.step % self.plan.steps_per_epoch == 0:
             self.method.on_epoch_start(self.method.epoch)
         self.metrics["lr"] = optim.learning_rate(
@@ -124,7 +129,7 @@ class Training:
             ids.append(views["id"])
             with self._synchronised(nth == cfg.accumulate - 1):
                 with precision.autocast(self.dtype, self.context.device):
-                    outputs = self.model(_cast(views, precision.parameter_dtype(self.dtype)))
+                    outputs = self.model(self._placed(views))
                 (outputs["loss"] / cfg.accumulate).backward()
             self.window.add(outputs, views)
         if cfg.clip_norm is not None:
@@ -134,6 +139,14 @@ class Training:
         self.method.on_step_end(self.step / self.plan.total_steps)
         if self.cfg.machine.ledger:
             self._write_ledger(torch.stack(ids))
+
+    def _placed(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Views on the device, images in the parameters' dtype; without a copy where they are."""
+        dtype, device = precision.parameter_dtype(self.dtype), self.context.device
+        return {
+            name: view.to(device, dtype if view.is_floating_point() else None, non_blocking=True)
+            for name, view in views.items()
+        }
 
     def _synchronised(self, last: bool) -> Any:
         """DDP averages gradients in the last backward pass of an optimiser step alone."""
@@ -186,7 +199,7 @@ class Training:
         if self.monitor and self.step % self.plan.steps_per_epoch < self.cfg.train.log_every:
             shown = {name: view[: monitor.NUM_PICTURES] for name, view in views.items()}
             with torch.no_grad(), precision.autocast(self.dtype, self.context.device):
-                self.monitor.pictures(self.method.eval().picture(shown), self.step)
+                self.monitor.pictures(self.method.eval().picture(self._placed(shown)), self.step)
         return bool(sums[-1])
 
     def _record(self, metrics: dict[str, float]) -> None:
@@ -221,6 +234,7 @@ class Training:
                 "quarantine": list(self.quarantine.entries.values()),
                 "config": config.dump(self.cfg),
                 "dataset": self.dataset.fingerprint,
+                "labelled": self.labelled.fingerprint if self.labelled else None,
                 "metrics": self.metrics,
             }
         )
@@ -231,6 +245,8 @@ class Training:
         differs = config.differences(config.parse(state["config"]), self.cfg)
         if state["dataset"] != self.dataset.fingerprint:
             differs.append(f"data.source: dataset {state['dataset'][:12]} there, {self.dataset.fingerprint[:12]} here")
+        if self.labelled and state["labelled"] != self.labelled.fingerprint:
+            differs.append("data.labelled: other images there")
         if differs:
             raise ConfigError(*(f"{self.context.run_dir} holds another run: {line}" for line in differs))
         self.method.load_state_dict(state["model"])
@@ -253,11 +269,6 @@ def _placed(built: method.Method, device: torch.device, dtype: torch.dtype) -> m
     norm.convert(built)
     built.to(device, precision.parameter_dtype(dtype))
     return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _cast(views: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Views with their images in `dtype`; without a copy where they are."""
-    return {name: view.to(dtype) if view.is_floating_point() else view for name, view in views.items()}
 
 
 def _write(run_dir: Path, cfg: config.Checkpoint, step: int, state: dict[str, Any], metrics: dict[str, float]) -> Path:

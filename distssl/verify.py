@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distssl import collectives, config, method, train
+from distssl import collectives, config, method, plan, train
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import shards
 from distssl.data.shards import Dataset
+
+log = logging.getLogger(__name__)
 
 STEPS = 3
 LIMIT = 1e-6  # relative, of losses, gradients and parameters
@@ -43,7 +46,7 @@ class Case:
 class Record:
     """What three steps left, of all ranks."""
 
-    views: dict[tuple[int, int], str]  # (batch, sample id) -> digest
+    views: dict[tuple[str, int], str]  # (stream and batch, sample id) -> digest
     losses: list[float]  # of the global batch
     gradients: list[Tensor]  # float64 [P] each
     state: dict[str, Tensor]
@@ -68,22 +71,31 @@ class Verdict:
 
 
 def certify(cases: Sequence[Case], world_sizes: Sequence[int], folder: Path) -> Iterator[Verdict]:
-    """Yields a verdict for each case and number of workers, all on this machine. folder: for images and runs."""
-    packed = shards.pack(str(_images(folder / "images")), folder / "packed")
+    """Yields a verdict for each case and number of workers, all on this machine. folder: for images and runs.
+
+    Raises ConfigError for a number of workers that the batch cannot be shared out to.
+    """
+    packed = shards.pack(str(images(folder / "images")), folder / "packed")
+    for world_size in world_sizes:
+        plan.of_run(_run(cases[0], packed, folder), Dataset.open(packed), world_size)
+    log.info("%d cases in one process", len(cases))
     references = [record(case, packed, folder / "alone") for case in cases]
     for world_size in world_sizes:
-        for path in collectives.launch(_record_all, world_size, list(cases), packed, folder / f"w{world_size}")[:1]:
-            for case, reference, found in zip(cases, references, torch.load(path, weights_only=False), strict=True):
-                yield compare(case, world_size, reference, found)
+        log.info("%d cases at %d workers", len(cases), world_size)
+        path, *_ = collectives.launch(_record_all, world_size, list(cases), packed, folder / f"w{world_size}")
+        for case, reference, found in zip(cases, references, torch.load(path, weights_only=False), strict=True):
+            yield compare(case, world_size, reference, found)
 
 
 def record(case: Case, packed: Path, storage: Path) -> Record:
     """Take a case's steps on this rank. Every rank calls it and gets the record of all."""
     run = _run(case, packed, storage)
-    views: dict[tuple[int, int], str] = {}
+    views: dict[tuple[str, int], str] = {}
     losses, gradients = [], []
     with Context(run.run_dir) as context:
-        training = train.Training(run, context, Dataset.open(packed))
+        dataset = Dataset.open(packed)
+        labelled = dataset if method.find(case.method).learns_from_labels else None
+        training = train.Training(run, context, dataset, labelled=labelled)
         batches = _digested(training.batches(), views)
         for _ in range(STEPS):
             training.window.reset()
@@ -126,7 +138,7 @@ def _run(case: Case, packed: Path, storage: Path) -> Run:
     """A small run of the method; plain SGD, whose parameters show the size of a gradient, which Adam's hide."""
     tree = {
         "name": f"{case.method}_{case.accumulate}",
-        "data": {"source": str(packed), "global_batch": GLOBAL_BATCH, "shuffle_window": 1},
+        "data": {"source": str(packed), "global_batch": GLOBAL_BATCH, "shuffle_window": 1, "labelled_batch": 8},
         "method": {"name": case.method, **method.find(case.method).Config.small},
         "model": {"backbone": "resnet10", "stem": "3x3_s2", "options": {"width": 8}},
         "train": {
@@ -142,7 +154,7 @@ def _run(case: Case, packed: Path, storage: Path) -> Run:
     return config.load(None, [f"{key}={json.dumps(value)}" for key, value in tree.items()], method.options)
 
 
-def _images(folder: Path) -> Path:
+def images(folder: Path) -> Path:
     """Stripes and noise, darker ones first, in four classes: PNGs of different sizes."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,14 +170,16 @@ def _images(folder: Path) -> Path:
     return folder
 
 
-def _digested(batches: Iterator[dict[str, Tensor]], digests: dict[tuple[int, int], str]) -> Iterator[dict[str, Tensor]]:
+def _digested(batches: Iterator[dict[str, Tensor]], digests: dict[tuple[str, int], str]) -> Iterator[dict[str, Tensor]]:
     """Pass batches on, noting what each sample's views are."""
     for number, views in enumerate(batches):
-        for row, sample in enumerate(views["id"].tolist()):
-            digest = hashlib.sha256()
-            for name in sorted(views):
-                digest.update(views[name][row].contiguous().cpu().numpy().tobytes())
-            digests[number, sample] = digest.hexdigest()
+        for stream in ("", "labelled."):
+            names = sorted(name for name in views if name.startswith("labelled.") == bool(stream))
+            for row, sample in enumerate(views[f"{stream}id"].tolist() if names else ()):
+                digest = hashlib.sha256()
+                for name in names:
+                    digest.update(views[name][row].contiguous().cpu().numpy().tobytes())
+                digests[f"{stream}{number}", sample] = digest.hexdigest()
         yield views
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,7 @@ TINY = [
     "seed=3",
     "data.global_batch=16",
     "data.shuffle_window=8",
-    "method.augment.size_px=32",
-    "method.projector=[32,16]",
+    "data.labelled_batch=8",
     "model.backbone=resnet10",
     "model.stem=3x3_s2",
     "model.options={width: 8}",
@@ -51,6 +52,13 @@ def photos(folder: Path, *, num: int = 112, classes: int = 4, seed: int = 0) -> 
 
 
 def tiny(source: Path, storage: Path, *overrides: str) -> Run:
-    """A run on `source` with its folders below `storage`."""
+    """A run on `source` with its folders below `storage`, with the small options of its method."""
     places = [f"data.source={source}", f"machine.storage={storage}", f"machine.cache={storage / 'cache'}"]
-    return config.load(None, [*TINY, *places, *overrides], method.options)
+    return config.load(None, [*settings(overrides), *places, *overrides], method.options)
+
+
+def settings(overrides: Sequence[str] = ()) -> list[str]:
+    """TINY with the small options of the method that `overrides` name, else of SimCLR."""
+    named = [override.partition("=")[2] for override in overrides if override.startswith("method.name=")]
+    small = method.find(named[-1] if named else "simclr").Config.small
+    return [*TINY, *(f"method.{key}={json.dumps(value)}" for key, value in small.items())]

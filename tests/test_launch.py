@@ -45,7 +45,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def settings(source: object, folder: Path, *overrides: str) -> list[str]:
     """A tiny run called `mine`, in this process, with everything below `folder`."""
     places = [f"data.source={source}", f"machine.storage={folder / 'runs'}", f"machine.cache={folder / 'cache'}"]
-    return [*runs.TINY, "train.epochs=1", "eval.test_source=null", *places, "name=mine", *overrides]
+    return [*runs.settings(), "train.epochs=1", "eval.test_source=null", *places, "name=mine", *overrides]
 
 
 @pytest.fixture(scope="module")

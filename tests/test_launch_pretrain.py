@@ -17,7 +17,7 @@ def test_pretraining_on_a_folder_with_bad_images_finishes_and_names_them(tmp_pat
     bad = planted.bad(3000)
     for kind, (data, _) in bad.items():
         (photos / f"{kind}.jpg").write_bytes(data)
-    options = [option for option in runs.TINY if not option.startswith("machine.")]
+    options = [option for option in runs.settings() if not option.startswith("machine.")]
     places = [f"data.source={photos}", f"machine.cache={tmp_path / 'cache'}", f"machine.storage={tmp_path / 'runs'}"]
     more = ["name=bad", "train.epochs=2", "eval.source=null", "data.max_bad_fraction=0.1"]
     command = [sys.executable, "launch.py", "pretrain", "--workers", "0", *options, *places, *more]

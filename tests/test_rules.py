@@ -25,6 +25,7 @@ LEVELS = [
     ["nn"],
     ["methods", "method"],
     ["plan", "window", "monitor", "checkpoint"],
+    ["streams"],
     ["downstream"],
     ["train"],
     ["job", "verify"],
@@ -41,6 +42,7 @@ DATA = [
     ["draws"],
     ["order", "store", "sample", "quarantine"],
     ["augment"],
+    ["patches", "randaugment", "corruptions"],
     ["graph"],
     ["loader"],
 ]

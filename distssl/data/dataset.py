@@ -103,6 +103,14 @@ class Dataset:
                 keys[i] = column[int(ids[i] - self.shard_first[group])].as_py()
         return keys
 
+    def labelled_ids(self, chunk: int = 1 << 20) -> np.ndarray:
+        """The ids of the samples that have a label, int64, ascending; `chunk` rows are looked at at a time."""
+        found = [np.empty(0, np.int64)]
+        for start in range(0, self.num_samples, chunk):
+            ids = np.arange(start, min(start + chunk, self.num_samples))
+            found.append(ids[self.rows(ids).label >= 0])
+        return np.concatenate(found)
+
     def _shards(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_samples):
             raise IndexError(f"ids {ids.min()} .. {ids.max()} of a data set of {self.num_samples} samples")

@@ -58,11 +58,11 @@ def labelled(train: Dataset, test: Dataset | None) -> Labelled:
             f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
             f"{_some(train.classes)}; the same names in the same order are right"
         )
-    train_ids = features.labelled_ids(train)
+    train_ids = train.labelled_ids()
     if test is None:
         train_ids, test_ids = features.split(train_ids)
     else:
-        test_ids = features.labelled_ids(test)
+        test_ids = test.labelled_ids()
     if not len(train_ids) or not len(test_ids):
         key = "eval.source" if not len(train_ids) else "eval.test_source"
         raise ConfigError(f"{key}: has no labelled images; class subfolders, a label column or .cls files are right")

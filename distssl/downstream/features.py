@@ -43,15 +43,6 @@ class Extraction:
     dtype: torch.dtype
 
 
-def labelled_ids(dataset: Dataset, chunk: int = 1 << 20) -> np.ndarray:
-    """The ids of the samples that have a label, int64, ascending."""
-    found = []
-    for start in range(0, dataset.num_samples, chunk):
-        ids = np.arange(start, min(start + chunk, dataset.num_samples))
-        found.append(ids[dataset.rows(ids).label >= 0])
-    return np.concatenate(found)
-
-
 def split(ids: np.ndarray, test_share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
     """Part ids into train and test by a hash of each, so that neither depends on the others."""
     test = draws.hash64(SPLIT_SEED, ids) < np.uint64(test_share * 2**64)

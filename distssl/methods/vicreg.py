@@ -1,7 +1,7 @@
 """VICReg: views lie together, every feature keeps its spread over the batch, and no two features say the same.
 
-    L = lambda |Z_a - Z_b|^2 / (N D) + mu (v(Z_a) + v(Z_b)) / 2 + nu (c(Z_a) + c(Z_b))                         (eq. 6)
-    v(Z) = mean_j max(0, 1 - sqrt(Var(z_j) + 1e-4)),    c(Z) = sum_{i != j} Cov(Z)_ij^2 / D                  (eq. 1 to 4)
+    L = lambda |Z_a - Z_b|^2 / (N D) + mu (v(Z_a) + v(Z_b)) / 2 + nu (c(Z_a) + c(Z_b))                     (eq. 6)
+    v(Z) = mean_j max(0, 1 - sqrt(Var(z_j) + 1e-4)),    c(Z) = sum_{i != j} Cov(Z)_ij^2 / D             (eq. 1 to 4)
 
 variances and covariances over the global batch.
 

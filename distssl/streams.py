@@ -1,0 +1,70 @@
+"""The batches of views a rank trains on: of images, and beside them of labelled images where the method wants those."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from distssl import plan
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data.loader import Loader, Request
+from distssl.data.quarantine import Quarantine
+from distssl.data.shards import Dataset
+from distssl.method import Method
+from distssl.plan import Plan
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+def of_images(
+    run: Run, method: Method, dataset: Dataset, planned: Plan, step: int, context: Context, bad: Quarantine
+) -> Batches:
+    """The method's views from an optimiser step on, `accumulate` batches a step."""
+    views = functools.partial(type(method).views, method.cfg)
+    size = run.data.global_batch // context.world_size
+    return _loaded(run, dataset, views, planned.requests(step, context), size, context, bad)
+
+
+def of_labels(run: Run, method: Method, dataset: Dataset, planned: Plan, step: int, context: Context) -> Batches:
+    """The method's labelled views, a batch for each of `of_images`. Raises ConfigError where labels are too few."""
+    views = functools.partial(type(method).labelled_views, method.cfg)
+    stream = plan.of_labelled(run, dataset, context.world_size)
+    first, last = (at * planned.accumulate for at in (step, planned.total_steps))
+    size = run.data.labelled_batch // context.world_size
+    requests = stream.requests(first, last, context)
+    return _loaded(run, dataset, views, requests, size, context, Quarantine(), word=plan.LABELLED)
+
+
+def beside(images: Batches, labelled: Batches) -> Batches:
+    """Both streams' views in one dict, the labelled ones' names after "labelled."."""
+    for ours, theirs in zip(images, labelled, strict=True):
+        yield ours | {f"labelled.{name}": view for name, view in theirs.items()}
+
+
+def _loaded(
+    run: Run,
+    dataset: Dataset,
+    views: Callable[[Any], dict[str, Any]],
+    requests: Iterator[Request],
+    batch_size: int,
+    context: Context,
+    bad: Quarantine,
+    word: int = 0,
+) -> Batches:
+    """word: keeps the draws of two streams apart, which may share images."""
+    loader = Loader(
+        dataset,
+        views,
+        seed=run.seed ^ word,
+        batch_size=batch_size,
+        threads=run.machine.threads,
+        prefetch=run.machine.prefetch,
+        device=context.device,
+        max_pixels=run.data.max_pixels,
+        quarantine=bad,
+    )
+    return loader.batches(requests)

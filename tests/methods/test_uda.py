@@ -1,0 +1,149 @@
+"""UDA: thresholds and counts against their definitions, over ranks too, and where its labels come from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distssl import collectives, plan, train
+from distssl.context import Context
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from distssl.errors import ConfigError
+from distssl.methods import uda
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    return shards.pack(str(runs.photos(folder / "images", num=96)), folder / "packed")
+
+
+@pytest.mark.parametrize(
+    ("signal", "halfway"),
+    [("linear", 0.55), ("exp", 0.1 + 0.9 * math.exp(-2.5)), ("log", 0.1 + 0.9 * (1 - math.exp(-2.5))), ("none", 1.0)],
+)
+def test_the_bound_rises_as_the_paper_says(signal: str, halfway: float) -> None:
+    cfg = uda.Config(signal=signal)
+    assert uda.threshold(cfg, 0.5) == pytest.approx(halfway)
+    assert uda.threshold(cfg, 1.0) == pytest.approx(1.0, abs=0.01)
+    if signal == "linear":
+        assert uda.threshold(cfg, 0.0) == pytest.approx(0.1)
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits and labels of 8 labelled, weak and strong logits of 12 unlabelled images; certainty differs by rank."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(0.1, 4, 8, dtype=torch.float64)[:, None]
+    x = scale * torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    scale = torch.linspace(0.1, 6, 12, dtype=torch.float64)[:, None]
+    weak, strong = (scale * torch.randn(12, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x, torch.arange(8) % 5, weak, strong
+
+
+def reference(x: Tensor, labels: Tensor, weak: Tensor, strong: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    kept = [-row.log_softmax(0)[label] for row, label in zip(x, labels, strict=True) if row.softmax(0)[label] <= bound]
+    supervised = torch.stack(kept).mean() if kept else x.sum() * 0
+    terms = []
+    for a, b in zip(weak, strong, strict=True):
+        p = (a.detach() / 0.4).softmax(0)
+        divergence = (p * (p.log() - b.log_softmax(0))).sum()
+        terms.append(divergence if a.softmax(0).max() > 0.8 else 0 * divergence)
+    return supervised, torch.stack(terms).mean()
+
+
+def of_this_rank(bound: float) -> tuple[Tensor, Tensor, float, float]:
+    """Gradients of x and strong after DDP's mean, scattered to their places; both counts."""
+    size, rank = collectives.world_size(), collectives.rank()
+    x, labels, weak, strong = problem()
+    x.requires_grad_(), strong.requires_grad_()
+    of_x, of_u = (slice(rank * n // size, (rank + 1) * n // size) for n in (8, 12))
+    supervised, num_used = uda.annealed_cross_entropy(x[of_x], labels[of_x], bound)
+    consistency, share = uda.consistent(weak[of_u], strong[of_u], 0.4, 0.8)
+    (supervised + consistency).backward()
+    assert x.grad is not None
+    assert strong.grad is not None
+    mean_share = float(collectives.sum_(share.clone())) / size
+    return collectives.sum_(x.grad) / size, collectives.sum_(strong.grad) / size, float(num_used), mean_share
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_losses_and_mask_counts_are_the_global_batchs(ranks, world_size: int, bound: float) -> None:
+    x, labels, weak, strong = problem()
+    x.requires_grad_(), strong.requires_grad_()
+    sum(reference(x, labels, weak, strong, bound)).backward()
+    p = x.detach().softmax(1)[torch.arange(8), labels]
+    results = [of_this_rank(bound)] if world_size == 1 else ranks(world_size).run(of_this_rank, bound)
+    for grad_x, grad_strong, num_used, share in results:
+        torch.testing.assert_close(grad_x, x.grad)
+        torch.testing.assert_close(grad_strong, strong.grad)
+        assert num_used == int((p <= bound).sum())
+        assert share == pytest.approx(float((weak.softmax(1).amax(1) > 0.8).double().mean()))
+
+
+def test_the_target_has_no_gradient_and_a_bound_below_all_leaves_no_label() -> None:
+    x, labels, weak, strong = (t.requires_grad_() if t.is_floating_point() else t for t in problem())
+    consistency, _ = uda.consistent(weak, strong, 0.4, 0.0)
+    consistency.backward()
+    assert weak.grad is None
+    loss, num_used = uda.annealed_cross_entropy(x, labels, 0.0)
+    assert (float(loss.detach()), float(num_used)) == (0.0, 0.0)
+    assert F.cross_entropy(x, labels) > 0
+
+
+def test_labelled_images_come_beside_the_others_in_an_order_of_their_own(packed: Path, tmp_path: Path) -> None:
+    run = runs.tiny(packed, tmp_path, "method.name=uda", "data.num_labelled=24", "train.epochs=1")
+    dataset = Dataset.open(packed)
+    with Context(run.run_dir) as context:
+        training = train.Training(run, context, dataset, labelled=dataset)
+        batches = list(training.batches())
+        training.close()
+    assert len(batches) == 6
+    ids = torch.stack([batch["labelled.id"] for batch in batches])  # [6, 8]
+    assert sorted(ids[:3].flatten().tolist()) == sorted(ids[3:].flatten().tolist())  # an epoch of three batches
+    assert ids[:3].unique().numel() == 24
+    for batch in batches:
+        assert batch["labelled.label"].tolist() == dataset.rows(batch["labelled.id"].numpy()).label.tolist()
+
+
+def test_fewer_labels_are_part_of_more(packed: Path, tmp_path: Path) -> None:
+    dataset = Dataset.open(packed)
+
+    def ids(num: int) -> set[int]:
+        run = runs.tiny(packed, tmp_path, "method.name=uda", f"data.num_labelled={num}")
+        return set(plan.of_labelled(run, dataset, 1).ids.tolist())
+
+    assert ids(12) < ids(40)
+    assert len(ids(12)) == 12
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("data.num_labelled=97", "data.num_labelled=97 is more than the 96 labels of data.source"),
+        ("data.num_labelled=4", "data.labelled_batch=8 is more than the 4 labels"),
+    ],
+)
+def test_too_few_labels_are_told(packed: Path, tmp_path: Path, setting: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        plan.of_labelled(runs.tiny(packed, tmp_path, "method.name=uda", setting), Dataset.open(packed), 1)
+
+
+def test_images_without_labels_are_never_asked_for_theirs(tmp_path: Path) -> None:
+    folder = runs.photos(tmp_path / "images", num=32)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(folder.rglob("*.*g"))):
+        path.rename(flat / f"{i}{path.suffix}")
+    packed = shards.pack(str(flat), tmp_path / "packed")
+    assert np.array_equal(Dataset.open(packed).labelled_ids(), [])
+    with pytest.raises(ConfigError, match="more than the 0 labels"):
+        plan.of_labelled(runs.tiny(packed, tmp_path, "method.name=uda"), Dataset.open(packed), 1)
