@@ -146,7 +146,7 @@ def claim(out: Path, settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/peer_simclr"), help="rows, runs and packed photos")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of pretraining; supervised in proportion")
+    parser.add_argument("--epochs", type=int, default=Settings.epochs, help="of pretraining")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--threads", type=int, default=Settings.threads, help="of torch, of DALI, and DataLoader workers"

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's new method, followed literally: its files, written as they stand there, make a method that holds."""
+"""CONTRIBUTING.md followed literally: the files of its new method, written as they stand there, make one that holds.
 
 from __future__ import annotations
 

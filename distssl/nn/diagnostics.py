@@ -29,13 +29,14 @@ def of_embeddings(za: Tensor, zb: Tensor) -> dict[str, Tensor]:
         a, b = F.normalize(za, dim=1), F.normalize(zb, dim=1)
         return {
             "embedding_std": torch.cat([a, b]).std(0, correction=0).mean() * za.shape[1] ** 0.5,
-            "effective_rank": _effective_rank(torch.cat([za, zb])),
+            "effective_rank": effective_rank(torch.cat([za, zb])),
             "alignment": (a - b).square().sum(1).mean(),
             "uniformity": (_uniformity(a) + _uniformity(b)) / 2,
         }
 
 
-def _effective_rank(z: Tensor) -> Tensor:
+def effective_rank(z: Tensor) -> Tensor:
+    """RankMe of [N, D] float: exp of the entropy of the singular values, 1 to min(N, D)."""
     singular = torch.linalg.svdvals(z)
     p = singular / singular.sum() + 1e-7  # the paper's epsilon
     return torch.exp(-(p * p.log()).sum())
