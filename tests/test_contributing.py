@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md followed literally: the files of its new method, written as they stand there, make one that holds.
+"""CONTRIBUTING.md followed literally: the files of its new method, as they stand there, make one that holds."""
 
 from __future__ import annotations
 
