@@ -56,6 +56,11 @@ class Method(nn.Module, ABC):
         """The DALI graph: a data.Sample -> {name: DataNode}. Pretext labels are views too."""
 
     @classmethod
+    def reads_masks(cls, cfg: Any) -> bool:
+        """Whether `views` reads the samples' masks."""
+        return False
+
+    @classmethod
     def labelled_views(cls, cfg: Any, sample: Any) -> dict[str, Any]:
         """The graph of the second stream, of labelled images, for a method that learns from labels."""
         raise NotImplementedError

@@ -26,7 +26,8 @@ def of_images(
     """The method's views from an optimiser step on, `accumulate` batches a step."""
     views = functools.partial(type(method).views, method.cfg)
     size = run.data.global_batch // context.world_size
-    return _loaded(run, dataset, views, planned.requests(step, context), size, context, bad)
+    masks = method.reads_masks(method.cfg)
+    return _loaded(run, dataset, views, planned.requests(step, context), size, context, bad, masks=masks)
 
 
 def of_labels(run: Run, method: Method, dataset: Dataset, planned: Plan, step: int, context: Context) -> Batches:
@@ -54,8 +55,9 @@ def _loaded(
     context: Context,
     bad: Quarantine,
     word: int = 0,
+    masks: bool = False,
 ) -> Batches:
-    """word: keeps the draws of two streams apart, which may share images."""
+    """word: keeps the draws of two streams apart, which may share images. masks: whether the views read them."""
     loader = Loader(
         dataset,
         views,
@@ -66,5 +68,6 @@ def _loaded(
         device=context.device,
         max_pixels=run.data.max_pixels,
         quarantine=bad,
+        masks=masks,
     )
     return loader.batches(requests)

@@ -34,7 +34,7 @@ LEVELS = [
 ]
 DATA = [
     ["images"],
-    ["probe", "digits", "catalogue"],
+    ["probe", "digits", "catalogue", "files"],
     ["sources", "tars"],
     ["indexing"],
     ["dataset", "packing"],

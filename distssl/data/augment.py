@@ -104,8 +104,20 @@ def view(sample: Sample, cfg: Augment) -> Any:
 def crop(sample: Sample, cfg: Crop) -> Any:
     """A random square: uint8 [size_px, size_px, 3], not flipped."""
     image = fn.resize(sample.whole(), resize_shorter=cfg.resize_px, antialias=True)
-    place = {"crop_pos_x": sample.draws.unit(), "crop_pos_y": sample.draws.unit()}
-    return fn.crop(image, crop_h=cfg.size_px, crop_w=cfg.size_px, **place)
+    return _square(image, cfg.size_px, sample.draws.unit(), sample.draws.unit())
+
+
+def crop_with_mask(sample: Sample, cfg: Crop) -> tuple[Any, Any]:
+    """The same random square of the image and of its mask, neither flipped: uint8 [S, S, 3] and [S, S, 1]."""
+    x, y = sample.draws.unit(), sample.draws.unit()
+    image = fn.resize(sample.whole(), resize_shorter=cfg.resize_px, antialias=True)
+    mask = fn.resize(sample.classes(), resize_shorter=cfg.resize_px, interp_type=types.INTERP_NN)
+    return _square(image, cfg.size_px, x, y), _square(mask, cfg.size_px, x, y)
+
+
+def _square(image: Any, size_px: int, x: Any, y: Any) -> Any:
+    """x, y: place of the square, 0 to 1 of the room there is."""
+    return fn.crop(image, crop_h=size_px, crop_w=size_px, crop_pos_x=x, crop_pos_y=y)
 
 
 def pair(sample: Sample, cfg: Augment) -> dict[str, Any]:
@@ -198,6 +210,11 @@ def solarize(image: Any, draws: Draws, probability: float, threshold: int) -> An
         kept = fn.cast(image < threshold, dtype=types.UINT8) * image
         image = fn.cast(inverted + kept, dtype=types.UINT8)
     return image
+
+
+def flip(image: Any, mirror: Any) -> Any:
+    """Left to right where `mirror` says so."""
+    return fn.flip(image, horizontal=fn.cast(mirror, dtype=types.INT32))
 
 
 def normalise(image: Any, mirror: Any = False) -> Any:

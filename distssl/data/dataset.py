@@ -15,15 +15,17 @@ import pyarrow.parquet as pq
 from distssl.data import indexing
 from distssl.errors import ConfigError
 
-CACHE_BYTES = 256 << 20  # of row groups: 28 bytes a row, so about 9 million rows
-NUMBERS = ("offset", "size", "height", "width", "label")
+CACHE_BYTES = 256 << 20  # of row groups: 44 bytes a row, so about 6 million rows
+NUMBERS = ("offset", "size", "height", "width", "label", "mask_offset", "mask_size")
+PLACES = ("offset", "size", "mask_offset", "mask_size")  # in bytes: int64
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Where N samples lie and what is known of them; all [N].
 
-    `shard`, `offset` and `size` (bytes) are int64; `height` and `width` (pixels, upright) and `label` (-1: none) int32.
+    `shard`, `offset` and `size` (bytes) are int64, and so are the mask's (size 0: none); `height` and `width` (pixels,
+    upright) and `label` (-1: none) int32.
     """
 
     shard: np.ndarray
@@ -32,6 +34,8 @@ class Rows:
     height: np.ndarray
     width: np.ndarray
     label: np.ndarray
+    mask_offset: np.ndarray
+    mask_size: np.ndarray
 
 
 class Dataset:
@@ -48,6 +52,7 @@ class Dataset:
         self.classes: tuple[str, ...] = tuple(description["classes"])
         self.num_samples: int = description["samples"]
         self.num_labelled: int = description["labelled"]
+        self.num_masks: int = description["masks"]
         self.shard_paths: list[Path] = [folder / shard["path"] for shard in shards]
         self.shard_sha256: tuple[str, ...] = tuple(shard["sha256"] for shard in shards)
         self.shard_bytes = np.array([shard["bytes"] for shard in shards], np.int64)
@@ -84,7 +89,7 @@ class Dataset:
         """The rows of int64 ids [N], in their order. Raises IndexError for an id outside 0 .. num_samples - 1."""
         ids = np.asarray(ids, np.int64)
         shard = self._shards(ids)
-        found = {name: np.empty(len(ids), np.int64 if name in ("offset", "size") else np.int32) for name in NUMBERS}
+        found = {name: np.empty(len(ids), np.int64 if name in PLACES else np.int32) for name in NUMBERS}
         for group, at in _by_value(shard):
             columns = self._columns(group)
             local = ids[at] - self.shard_first[group]

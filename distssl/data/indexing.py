@@ -24,7 +24,7 @@ from distssl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 MAX_PIXELS = 178_956_970  # where PIL too begins to suspect a decompression bomb
 DATASET, INDEX, REJECTED, PARTS, PACKED = "dataset.json", "index.parquet", "rejected.jsonl", ".index", "pack.json"
 FIRST_NAMED = 20  # of the rejected, in dataset.json and in the log
@@ -35,7 +35,10 @@ COLUMNS = [
     pa.field("height", pa.int32()),
     pa.field("width", pa.int32()),
     pa.field("label", pa.int32()),
+    pa.field("mask_offset", pa.int64()),
+    pa.field("mask_size", pa.int64()),
 ]
+LABEL = [field.name for field in COLUMNS].index("label")
 PART_SCHEMA = pa.schema(COLUMNS)
 INDEX_SCHEMA = pa.schema([pa.field("shard", pa.int32()), *COLUMNS])
 META = b"distssl"  # the key of our metadata in a parquet file
@@ -56,6 +59,8 @@ class Part:
     num_labelled: int
     max_label: int
     bad_labels: int
+    num_masks: int
+    bad_masks: int
     rejected: list[dict]
 
 
@@ -101,7 +106,7 @@ def index_locked(
         raise ConfigError(f"{title}: no usable image in {len(paths)} tars{first}")
     classes = _classes(used[0].tar.parent, max(part.max_label for part in used))
     fingerprint = _digest(json.dumps([VERSION, [(part.sha256, part.rows_digest) for part in used], classes]))
-    _log_rejected(title, rejected, sum(part.bad_labels for part in parts))
+    _log_rejected(title, rejected, sum(part.bad_labels for part in parts), sum(part.bad_masks for part in parts))
     with atomic.replacing(out / INDEX) as file:
         _merge(used, file, fingerprint)
     with atomic.replacing(out / REJECTED) as file:
@@ -112,6 +117,8 @@ def index_locked(
         "samples": sum(part.num_samples for part in used),
         "labelled": sum(part.num_labelled for part in used),
         "bad_labels": sum(part.bad_labels for part in used),
+        "masks": sum(part.num_masks for part in used),
+        "bad_masks": sum(part.bad_masks for part in used),
         "classes": classes,
         "rejected": {
             "count": len(rejected),
@@ -188,7 +195,7 @@ def _part_name(path: Path, max_pixels: int, verify: bool) -> str:
 def _write_part(scan: tars.Scan, file: Path) -> None:
     columns = list(zip(*scan.rows, strict=True)) or [[] for _ in COLUMNS]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)]
-    labels = columns[-1]
+    labels, mask_sizes = columns[LABEL], columns[-1]
     meta = {
         "num_bytes": scan.num_bytes,
         "sha256": scan.sha256,
@@ -196,6 +203,8 @@ def _write_part(scan: tars.Scan, file: Path) -> None:
         "num_labelled": sum(label >= 0 for label in labels),
         "max_label": max(labels, default=-1),
         "bad_labels": scan.bad_labels,
+        "num_masks": sum(size > 0 for size in mask_sizes),
+        "bad_masks": scan.bad_masks,
         "rejected": [dataclasses.asdict(rejected) for rejected in scan.rejected],
     }
     schema = PART_SCHEMA.with_metadata({META: json.dumps(meta).encode()})
@@ -247,7 +256,7 @@ def _classes(folder: Path, max_label: int) -> list[str]:
     return names if len(names) > max_label else [str(i) for i in range(max_label + 1)]
 
 
-def _log_rejected(title: str, rejected: Sequence[dict], bad_labels: int) -> None:
+def _log_rejected(title: str, rejected: Sequence[dict], bad_labels: int, bad_masks: int) -> None:
     for line in rejected[:FIRST_NAMED]:
         log.warning(
             "%s: left out %s at byte %d of %s: %s",
@@ -261,6 +270,8 @@ def _log_rejected(title: str, rejected: Sequence[dict], bad_labels: int) -> None
         log.warning("%s: left out %d in all; %s names each", title, len(rejected), REJECTED)
     if bad_labels:
         log.warning("%s: %d samples have a .cls that is no class number: they count as unlabelled", title, bad_labels)
+    if bad_masks:
+        log.warning("%s: %d samples have a .mask.png that is no image of their size: left out", title, bad_masks)
 
 
 def _written_path(tar: Path, out: Path) -> str:

@@ -41,6 +41,7 @@ class Image(NamedTuple):
     id: int
     label: int
     encoded: bytes
+    mask: bytes | None
 
 
 class Loader:
@@ -58,6 +59,7 @@ class Loader:
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
         max_pixels: int,
         quarantine: Quarantine,
+        masks: bool = False,
     ) -> None:
         self.dataset = dataset
         self.views = views
@@ -68,6 +70,7 @@ class Loader:
         self.device = device
         self.max_pixels = max_pixels
         self.quarantine = quarantine
+        self.masks = masks  # whether the views read them
         self.store = LocalStore(dataset.shard_paths)
         self._single: graph.Graph | None = None
         self._single_feed: graph.Feed
@@ -118,6 +121,7 @@ class Loader:
             threads=threads,
             prefetch=prefetch,
             device=self.device,
+            masks=self.masks,
         )
 
     def _feed(self, request: Request) -> graph.Feed:
@@ -147,8 +151,20 @@ class Loader:
         found: list[Image | None] = []
         for sample, label, place in zip(ids.tolist(), rows.label.tolist(), places, strict=True):
             encoded = None if sample in self.quarantine else self._read_one(sample, *place)
-            found.append(None if encoded is None else Image(sample, label, encoded))
-        return found
+            found.append(None if encoded is None else Image(sample, label, encoded, None))
+        return self._with_masks(found) if self.masks else found
+
+    def _with_masks(self, found: list[Image | None]) -> list[Image | None]:
+        """The same with their masks, one of no class for an image that has none; None where a mask cannot be read."""
+        return [None if image is None else self._with_mask(image) for image in found]
+
+    def _with_mask(self, image: Image) -> Image | None:
+        rows = self.dataset.rows(np.array([image.id]))
+        if not rows.mask_size[0]:
+            return image._replace(mask=images.blank_mask(int(rows.height[0]), int(rows.width[0])))
+        place = (int(rows.shard[0]), int(rows.mask_offset[0]), int(rows.mask_size[0]))
+        mask = self._read_one(image.id, *place)
+        return None if mask is None else image._replace(mask=mask)
 
     def _read_one(self, sample: int, shard: int, offset: int, size: int) -> bytes | None:
         try:
@@ -207,4 +223,5 @@ class Loader:
 def _as_feed(epoch: int, found: list[Image]) -> graph.Feed:
     ids = np.array([image.id for image in found], np.int64)
     labels = np.array([image.label for image in found], np.int64)
-    return graph.Feed(epoch, ids, labels, [image.encoded for image in found])
+    masks = [image.mask for image in found if image.mask is not None]
+    return graph.Feed(epoch, ids, labels, [image.encoded for image in found], masks or None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from webdataset import writer
 
 from distssl import atomic
-from distssl.data import images, indexing, sources
+from distssl.data import files, images, indexing, sources, tars
 from distssl.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def pack(
         missing = [shard for shard in range(plan.num_shards) if not _shard_path(out, shard).exists()]
         ids = [i for shard in missing for i in plan.order[plan.first[shard] : plan.first[shard + 1]]]
         atomic.require_free(out, sum(opened.sizes[i] for i in ids) + 2 * MEMBER_BYTES * len(ids))
-        left_out = sources.LeftOut(opened.title)
+        left_out = files.LeftOut(opened.title)
         for shard in range(plan.num_shards):
             if shard in missing:
                 _write_shard(opened, plan, shard, _shard_path(out, shard), left_out)
@@ -143,7 +143,7 @@ def _claim(out: Path, plan: Plan, source: sources.Source) -> None:
         file.write_text(json.dumps(text, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(source: sources.Source, plan: Plan, shard: int, path: Path, left_out: sources.LeftOut) -> None:
+def _write_shard(source: sources.Source, plan: Plan, shard: int, path: Path, left_out: files.LeftOut) -> None:
     """One tar; none at all where every item of it is left out."""
     num_written = 0
     items = plan.order[plan.first[shard] : plan.first[shard + 1]]
@@ -156,12 +156,15 @@ def _write_shard(source: sources.Source, plan: Plan, shard: int, path: Path, lef
             try:
                 data, label = source.read(i)
                 suffix = images.read_header(data).suffix
+                mask = source.read_mask(i)
             except images.ImageError as error:
                 left_out.add(source.names[i], str(error))
                 continue
             sample = {"__key__": plan.keys[i], suffix: data}
             if label >= 0:
                 sample["cls"] = str(label).encode()
+            if mask is not None:
+                sample[tars.MASK] = mask
             tar.write(sample)
             num_written += 1
     if not num_written:

@@ -26,11 +26,6 @@ def random_square(sample: Sample, resize_px: tuple[int, int], size_px: int) -> A
     return fn.crop(image, crop_h=size_px, crop_w=size_px, **place)
 
 
-def mirror(image: Any, chosen: Any) -> Any:
-    """Left to right where `chosen` says so."""
-    return fn.flip(image, horizontal=fn.cast(chosen, dtype=types.INT32))
-
-
 def down_and_up(patch: Any, draws: Draws, probability: float, smallest_px: float, size_px: int) -> Any:
     """Sample a square patch down, to a side that is log-uniform from smallest_px on, and up again, linearly."""
     chosen = draws.coin(probability)

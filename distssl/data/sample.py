@@ -24,6 +24,7 @@ class Sample:
     label: Any  # int64 scalar, -1 where there is none
     device: str  # "cpu" or "gpu": where images are
     pixels: Any = None  # the image, where it is decoded once for several views
+    mask: Any = None  # uint8 [bytes], for views that read masks
 
     def decoded(self) -> Sample:
         """The same sample, decoded here and once: regions are then cut from its pixels."""
@@ -39,6 +40,10 @@ class Sample:
         if self.pixels is not None:
             return self.pixels
         return fn.decoders.image(self.encoded, device=self._decoder(), output_type=types.RGB)
+
+    def classes(self) -> Any:
+        """The mask, the class of each of the image's pixels: uint8 [H, W, 1]."""
+        return fn.decoders.image(self.mask, device=self._decoder(), output_type=types.GRAY)
 
     def region(self, top: Any, left: Any, height: Any, width: Any) -> Any:
         """A region of the image alone, uint8 [height, width, 3]; the arguments are float32 scalars in pixels."""

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import logging
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from distssl.data import catalogue, digits, images
+from distssl.data import catalogue, digits, files, images
 from distssl.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 PATH_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "image_file")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 DIGITS = "scattered_digits"
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
-SHOWN = 20  # lines about files left out, before a count has to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +25,7 @@ class Source:
 
     `names` are unique and "/"-separated; `stamps` change when an item's content does; `sizes` are bytes, estimated
     where items are encoded on the way. `read(i)` gives the encoded image and its class number, -1 for none, and
-    raises images.ImageError where there is nothing to read.
+    raises images.ImageError where there is nothing to read. `read_mask(i)` gives its mask, a PNG, or None.
     """
 
     title: str
@@ -38,6 +34,7 @@ class Source:
     sizes: Sequence[int]
     classes: tuple[str, ...]
     read: Callable[[int], tuple[bytes, int]]
+    read_mask: Callable[[int], bytes | None] = lambda _i: None
 
 
 def open_source(source: str, downloads: Path, *, key: str = "source") -> Source:
@@ -88,8 +85,10 @@ def identity(source: str, *, key: str = "source") -> str:
         return f"{source.lower()} {digits.DESCRIPTION}"
     if kind == "torchvision":
         return source.lower()
-    files = _walk(path) if kind == "folder" else [(path, path.name)]
-    return "\n".join([str(path.resolve()), *(f"{name} {_stamp(file.stat())}" for file, name in files if file.exists())])
+    listed = files.walk(path) if kind == "folder" else [(path, path.name)]
+    return "\n".join(
+        [str(path.resolve()), *(f"{name} {files.stamp(file.stat())}" for file, name in listed if file.exists())]
+    )
 
 
 def label_by_folder(names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -102,43 +101,29 @@ def label_by_folder(names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
     return [number[part[0]] for part in parts], tuple(classes)
 
 
-class LeftOut:
-    """Names what is left out, one log line each, and counts where the lines become too many."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.count = title, 0
-
-    def add(self, name: str, reason: str) -> None:
-        self.count += 1
-        if self.count <= SHOWN:
-            log.warning("%s: left out %r: %s", self.title, name, reason)
-
-    def close(self) -> None:
-        if self.count > SHOWN:
-            log.warning("%s: left out %d files in all; the first %d are named above", self.title, self.count, SHOWN)
-
-
 def _folder(root: Path, title: str) -> Source:
-    left_out = LeftOut(title)
-    files: list[tuple[Path, str, os.stat_result]] = []
-    for path, name in _walk(root):
+    left_out = files.LeftOut(title)
+    listed: list[tuple[Path, str, os.stat_result]] = []
+    for path, name in files.walk(root):
         try:
-            if not _may_be_image(name):
+            if not files.may_be_image(name):
                 with open(path, "rb") as file:
                     images.sniff(file.read(16))
-            files.append((path, name, path.stat()))
+            listed.append((path, name, path.stat()))
         except (images.ImageError, OSError) as error:
             left_out.add(name, getattr(error, "strerror", None) or str(error))
+    listed, masks = files.apart(listed, lambda file: file[1], left_out)
     left_out.close()
-    names = [name for _, name, _ in files]
+    names = [name for _, name, _ in listed]
     labels, classes = label_by_folder(names)
     return Source(
         title=title,
         names=names,
-        stamps=[_stamp(stat) for _, _, stat in files],
-        sizes=[stat.st_size for _, _, stat in files],
+        stamps=[" ".join(files.stamp(file[2]) for file in (listed[i], masks[i]) if file) for i in range(len(listed))],
+        sizes=[sum(file[2].st_size for file in (listed[i], masks[i]) if file) for i in range(len(listed))],
         classes=classes,
-        read=lambda i: (_read_file(files[i][0]), labels[i]),
+        read=lambda i: (files.read_file(listed[i][0]), labels[i]),
+        read_mask=lambda i: files.read_file(mask[0]) if (mask := masks[i]) else None,
     )
 
 
@@ -147,44 +132,46 @@ def _zip(path: Path, title: str) -> Source:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ConfigError(f"{title}: is a damaged zip: {error}") from error
-    left_out = LeftOut(title)
+    left_out = files.LeftOut(title)
     entries: list[zipfile.ZipInfo] = []
     for entry in archive.infolist():
-        if entry.is_dir() or _is_hidden(entry.filename):
+        if entry.is_dir() or files.is_hidden(entry.filename):
             continue
         if entry.flag_bits & 1:
             raise ConfigError(f"{title}: is encrypted; unpack it and give the folder")
         try:
-            if not _may_be_image(entry.filename):
+            if not files.may_be_image(entry.filename):
                 with archive.open(entry) as file:
                     images.sniff(file.read(16))
             entries.append(entry)
         except (images.ImageError, *DAMAGED_ZIP) as error:
             left_out.add(entry.filename, str(error))
-    left_out.close()
     entries = sorted({entry.filename: entry for entry in entries}.values(), key=lambda entry: entry.filename)
-    names = _without_common_top([entry.filename for entry in entries])
+    entries, masks = files.apart(entries, lambda entry: entry.filename, left_out)
+    left_out.close()
+    names = files.without_common_top([entry.filename for entry in entries])
     labels, classes = label_by_folder(names)
 
-    def read(i: int) -> tuple[bytes, int]:
+    def bytes_of(entry: zipfile.ZipInfo) -> bytes:
         try:
-            return archive.read(entries[i]), labels[i]
+            return archive.read(entry)
         except DAMAGED_ZIP as error:
             raise images.ImageError(f"damaged in the zip: {error}") from error
 
     return Source(
         title=title,
         names=names,
-        stamps=[f"{entry.file_size}:{entry.CRC}" for entry in entries],
-        sizes=[entry.file_size for entry in entries],
+        stamps=[" ".join(f"{e.file_size}:{e.CRC}" for e in (entries[i], masks[i]) if e) for i in range(len(entries))],
+        sizes=[sum(entry.file_size for entry in (entries[i], masks[i]) if entry) for i in range(len(entries))],
         classes=classes,
-        read=read,
+        read=lambda i: (bytes_of(entries[i]), labels[i]),
+        read_mask=lambda i: bytes_of(mask) if (mask := masks[i]) else None,
     )
 
 
 def _csv(path: Path, title: str) -> Source:
     rows = _csv_rows(path, title)
-    left_out = LeftOut(title)
+    left_out = files.LeftOut(title)
     kept: dict[str, tuple[Path, str, os.stat_result]] = {}
     for name, label in rows:
         file = path.parent / name
@@ -203,14 +190,14 @@ def _csv(path: Path, title: str) -> Source:
     found = {label for _, label, _ in kept.values() if label}
     numbers = all(label.isdecimal() for label in found)
     classes = tuple(sorted(found, key=lambda label: (int(label), label) if numbers else label))
-    files = list(kept.values())
+    listed = list(kept.values())
     return Source(
         title=title,
         names=list(kept),
-        stamps=[f"{_stamp(stat)}:{label}" for _, label, stat in files],
-        sizes=[stat.st_size for _, _, stat in files],
+        stamps=[f"{files.stamp(stat)}:{label}" for _, label, stat in listed],
+        sizes=[stat.st_size for _, _, stat in listed],
         classes=classes,
-        read=lambda i: (_read_file(files[i][0]), classes.index(files[i][1]) if files[i][1] else -1),
+        read=lambda i: (files.read_file(listed[i][0]), classes.index(listed[i][1]) if listed[i][1] else -1),
     )
 
 
@@ -252,49 +239,3 @@ def _from_catalogue(source: str, downloads: Path, key: str) -> Source:
         classes=tuple(str(name) for name in getattr(data, "classes", ())),
         read=lambda i: catalogue.item(data, i),
     )
-
-
-def _walk(root: Path) -> list[tuple[Path, str]]:
-    """(path, name from the root) of every file that is not hidden, by name; links are followed, loops are not."""
-    files: list[tuple[Path, str]] = []
-    seen: set[tuple[int, int]] = set()
-
-    def unreadable(error: OSError) -> None:
-        log.warning("left out the folder %s: %s", error.filename, error.strerror)
-
-    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        stat = Path(folder).stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        here = Path(folder).relative_to(root)
-        files += [(Path(folder, name), (here / name).as_posix()) for name in names if not _is_hidden(name)]
-    return sorted(files, key=lambda file: file[1])
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in name.split("/"))
-
-
-def _may_be_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower().removeprefix(".") in images.SUFFIXES
-
-
-def _without_common_top(names: list[str]) -> list[str]:
-    tops = {name.partition("/")[0] for name in names}
-    if len(tops) != 1 or not all("/" in name for name in names):
-        return names
-    return [name.partition("/")[2] for name in names]
-
-
-def _stamp(stat: os.stat_result) -> str:
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise images.ImageError(f"cannot be read: {error.strerror}") from error

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_IMAGE_BYTES = 1 << 30
+MASK = "mask.png"  # the class of each pixel, 255 for none
 NUM_CLASSES_LIMIT = 1 << 20  # a label above this is an id of something, not a class
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset leaves these out too
@@ -44,11 +45,15 @@ class Rejected:
 
 @dataclasses.dataclass
 class Scan:
-    """One tar's samples, in tar order: (key, offset, size, height, width, label); offsets and sizes in bytes."""
+    """One tar's samples, in tar order: (key, offset, size, height, width, label, mask_offset, mask_size).
 
-    rows: list[tuple[str, int, int, int, int, int]] = dataclasses.field(default_factory=list)
+    Offsets and sizes in bytes; a sample without a mask has size 0 for it.
+    """
+
+    rows: list[tuple[str, int, int, int, int, int, int, int]] = dataclasses.field(default_factory=list)
     rejected: list[Rejected] = dataclasses.field(default_factory=list)
     bad_labels: int = 0  # samples kept without their label because it is no class number
+    bad_masks: int = 0  # samples kept without their mask because it is no image of the same size
     num_bytes: int = 0
     sha256: str = ""
 
@@ -207,8 +212,8 @@ class _Scanner:
             self._reject(member.offset_data, key, "does not decode", f"does not decode: {problem}")
             return
         label = self._label(sample.get("cls"))
-        row = (_printable(key), member.offset_data, member.size, header.height, header.width, label)
-        self.result.rows.append(row)
+        place = (_printable(key), member.offset_data, member.size)
+        self.result.rows.append((*place, header.height, header.width, label, *self._mask(sample.get(MASK), header)))
 
     def _label(self, member: tarfile.TarInfo | None) -> int:
         if member is None:
@@ -222,6 +227,19 @@ class _Scanner:
             return label
         self.result.bad_labels += 1
         return -1
+
+    def _mask(self, member: tarfile.TarInfo | None, image: images.Header) -> tuple[int, int]:
+        """Offset and size of a mask as large as its image, (0, 0) for none."""
+        if member is None:
+            return 0, 0
+        try:
+            header = images.read_header(self._read(member)) if member.size <= MAX_IMAGE_BYTES else None
+        except images.ImageError:
+            header = None
+        if header is not None and (header.height, header.width) == (image.height, image.width):
+            return member.offset_data, member.size
+        self.result.bad_masks += 1
+        return 0, 0
 
     def _read(self, member: tarfile.TarInfo) -> bytes:
         self.file.seek(member.offset_data)

@@ -76,6 +76,10 @@ class Combined(method.Method):
                 found[f"{name}.{key}"] = view
         return found
 
+    @classmethod
+    def reads_masks(cls, cfg: Config) -> bool:
+        return any(method.find(name).reads_masks(_own_config(name, own)) for name, own in cfg.parts.items())
+
     def loss(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         outputs: dict[str, torch.Tensor] = {}
         total = []

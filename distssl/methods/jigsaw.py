@@ -88,7 +88,7 @@ class Jigsaw(method.Method):
     def views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
         draws = sample.draws
         image = augment.grey(augment.crop(sample, cfg.augment), draws, cfg.grey)
-        image = patches.mirror(image, draws.coin(cfg.augment.flip))
+        image = augment.flip(image, draws.coin(cfg.augment.flip))
         corners = []
         for i in range(cfg.grid**2):
             row, column = divmod(i, cfg.grid)

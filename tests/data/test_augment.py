@@ -14,18 +14,10 @@ from PIL import Image, ImageOps
 from scipy import ndimage, stats
 from torchvision.transforms import RandomResizedCrop, v2
 
-from distssl.data import augment, draws, graph
+from distssl.data import augment, draws
 from distssl.data.sample import Sample
 from tests import planted
-
-
-def run(views: graph.Views, encoded: list[bytes]) -> dict[str, torch.Tensor]:
-    """The views of images with ids 0, 1, ..."""
-    n = len(encoded)
-    feeds = iter([graph.Feed(0, np.arange(n), np.full(n, -1), encoded)])
-    device = torch.device("cpu")
-    built = graph.Graph(views, lambda: next(feeds), seed=0, batch_size=n, threads=1, prefetch=1, device=device)
-    return built.run()
+from tests.graphs import run
 
 
 def through(piece: Callable[[Any, draws.Draws], Any], arrays: list[np.ndarray]) -> np.ndarray:

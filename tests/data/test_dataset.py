@@ -25,6 +25,8 @@ def write_index(folder: Path, sizes: list[int], seed: int = 0) -> dict[str, np.n
         "shard": shard,
         "offset": rng.integers(0, 2**40, n),
         "size": rng.integers(1, 2**31, n),
+        "mask_offset": rng.integers(0, 2**40, n),
+        "mask_size": rng.integers(0, 2**31, n),
     }
     columns |= {name: rng.integers(-1, 2**14, n, dtype=np.int32) for name in ("height", "width", "label")}
     folder.mkdir(exist_ok=True)
@@ -43,6 +45,7 @@ def write_index(folder: Path, sizes: list[int], seed: int = 0) -> dict[str, np.n
         "fingerprint": "f",
         "samples": n,
         "labelled": int((columns["label"] >= 0).sum()),
+        "masks": n,
         "classes": ["a", "b"],
         "shards": [{"path": f"{i}.tar", "bytes": 1, "sha256": "0", "samples": size} for i, size in enumerate(sizes)],
     }
@@ -141,7 +144,7 @@ def test_a_damaged_index_is_told(damage, tmp_path):
 def test_later_columns_do_not_disturb(tmp_path):
     columns = write_index(tmp_path, [8])
     table = pq.read_table(tmp_path / indexing.INDEX)
-    wider = table.append_column("mask_offset", pa.array([1] * 8, pa.int64()))
+    wider = table.append_column("boxes_offset", pa.array([1] * 8, pa.int64()))
     pq.write_table(wider, tmp_path / indexing.INDEX)
     np.testing.assert_array_equal(shards.Dataset.open(tmp_path).rows(np.arange(8)).offset, columns["offset"])
 

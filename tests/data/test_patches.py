@@ -67,7 +67,7 @@ def test_normalised_is_what_the_graph_makes() -> None:
 
 def test_mirror_turns_left_and_right_where_it_is_chosen() -> None:
     def views(sample: Sample) -> dict[str, Any]:
-        return {"view": patches.mirror(sample.whole(), sample.draws.coin(0.5))}
+        return {"view": augment.flip(sample.whole(), sample.draws.coin(0.5))}
 
     x = torch.from_numpy(planted.pixels(2)).permute(2, 0, 1)
     got = graphs.run(views, [planted.encode(planted.pixels(2))] * 20)["view"]

@@ -14,17 +14,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from distssl.data import graph, randaugment
 from distssl.data.randaugment import RandAugment, Strength
 from distssl.data.sample import Sample
-from tests import planted
+from tests import graphs, planted
 
 SIZE = 32
 ARRAYS = [planted.pixels(i, size=(SIZE, SIZE)) for i in range(4)]
 
 
-def run(views: graph.Views, n: int, arrays: list[np.ndarray] = ARRAYS) -> dict[str, torch.Tensor]:
-    encoded = [planted.encode(arrays[i % len(arrays)]) for i in range(n)]
-    feeds = iter([graph.Feed(0, np.arange(n), np.full(n, -1), encoded)])
-    device = torch.device("cpu")
-    return graph.Graph(views, lambda: next(feeds), seed=0, batch_size=n, threads=1, prefetch=1, device=device).run()
+def run(views: graph.Views, n: int) -> dict[str, torch.Tensor]:
+    return graphs.run(views, [planted.encode(ARRAYS[i % len(ARRAYS)]) for i in range(n)])
 
 
 def after(operation: Callable[[Any, Strength], Any], signed: float) -> np.ndarray:

@@ -52,7 +52,7 @@ def test_rows_point_at_the_bytes_in_any_format_and_case(tmp_path):
     assert reasons(result) == []
     whole = path.read_bytes()
     assert result.num_bytes == len(whole)
-    for (key, offset, size, height, width, label), suffix in zip(result.rows, data, strict=True):
+    for (key, offset, size, height, width, label, *_), suffix in zip(result.rows, data, strict=True):
         assert key == f"d/{suffix}_key"
         assert whole[offset : offset + size] == data[suffix]
         assert (height, width, label) == (9, 12, -1)
