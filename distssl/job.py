@@ -35,7 +35,9 @@ def prepare(run: Run, world_size: int) -> Folders:
     sizes that cannot be used.
     """
     _refuse_another(run)
-    method.build(run)
+    built = method.build(run)
+    if run.data.labelled and not built.learns_from_labels:
+        raise ConfigError(f"data.labelled={run.data.labelled}: {run.method.name} learns from no labels; leave it out")
     ready = folders(run)
     plan.of_run(run, Dataset.open(ready.data), world_size)
     if ready.labelled:

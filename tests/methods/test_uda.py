@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distssl import collectives, plan, train
+from distssl import collectives, job, plan, train
 from distssl.context import Context
 from distssl.data import shards
 from distssl.data.shards import Dataset
@@ -135,6 +135,17 @@ def test_fewer_labels_are_part_of_more(packed: Path, tmp_path: Path) -> None:
 def test_too_few_labels_are_told(packed: Path, tmp_path: Path, setting: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         plan.of_labelled(runs.tiny(packed, tmp_path, "method.name=uda", setting), Dataset.open(packed), 1)
+
+
+def test_labels_for_a_method_that_learns_from_none_are_told(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="simclr learns from no labels"):
+        job.prepare(runs.tiny(packed, tmp_path, f"data.labelled={packed}", "eval.tasks=[]"), 1)
+
+
+def test_uda_runs_as_a_job_on_labels_of_their_own(packed: Path, tmp_path: Path) -> None:
+    run = runs.tiny(packed, tmp_path, "method.name=uda", f"data.labelled={packed}", "train.epochs=1", "eval.tasks=[]")
+    with Context(run.run_dir) as context:
+        assert job.pretrain(run, context, job.prepare(run, 1))
 
 
 def test_images_without_labels_are_never_asked_for_theirs(tmp_path: Path) -> None:

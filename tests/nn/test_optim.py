@@ -75,3 +75,17 @@ def test_set_learning_rate_sets_every_group():
     optimizer = optim.build(net(), name="sgd", lr=0.1, weight_decay=0.1)
     optim.set_learning_rate(optimizer, 0.03)
     assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.03]
+
+
+def test_a_parameter_may_have_a_rate_of_its_own_or_a_constant_one():
+    module = net()
+    names = [name for name, _ in module.named_parameters()]
+
+    def rate(name: str, parameter: torch.nn.Parameter) -> optim.Rate:
+        return optim.Rate(scale=0.5, constant=name == names[0])
+
+    optimizer = optim.build(module, rate=rate, name="sgd", lr=0.1, weight_decay=0.1)
+    optim.set_learning_rate(optimizer, 0.02)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(0.05 if name == names[0] else 0.01)
