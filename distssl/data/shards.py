@@ -27,8 +27,8 @@ def prepare(
     """The folder of the indexed data set that `source` means, made where it is not there yet.
 
     A folder with a dataset.json is used as it is; tars are indexed where they lie, or in `cache_dir` where they cannot
-    be written beside; anything else is packed into `cache_dir` once, and again when the source has changed. Raises
-    ConfigError, naming `key`.
+    be written beside; anything else is packed into `cache_dir` once, and again when the source or the index's
+    version has changed. Raises ConfigError, naming `key`.
     """
     if not source:
         raise ConfigError(f"{key}: is empty; give a folder, zip, CSV, tars or the name of a data set")
@@ -37,7 +37,8 @@ def prepare(
         return path.resolve()
     if _names_tars(source, path):
         return _index_tars(source, cache_dir, progress, key)
-    folder = cache_dir / f"{_plain(source)}-{_digest(sources.identity(source, key=key))}"
+    identity = f"{indexing.VERSION} {sources.identity(source, key=key)}"
+    folder = cache_dir / f"{_plain(source)}-{_digest(identity)}"
     if (folder / indexing.DATASET).exists():
         log.info("%s=%s is packed in %s", key, source, folder)
         return folder.resolve()

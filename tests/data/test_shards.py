@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from distssl import atomic
-from distssl.data import shards
+from distssl.data import indexing, shards
 from distssl.errors import ConfigError
 
 
@@ -50,6 +50,15 @@ def test_a_folder_of_photos_is_packed_once_and_again_when_it_changes(photos, tmp
     assert second != first
     assert shards.Dataset.open(second).num_samples == 10
     assert shards.Dataset.open(first).num_samples == 9
+
+
+def test_what_an_older_version_packed_into_the_cache_does_not_stand_in_the_way(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "VERSION", indexing.VERSION - 1)
+    old = shards.prepare(str(photos), tmp_path / "cache")
+    monkeypatch.undo()
+    new = shards.prepare(str(photos), tmp_path / "cache")
+    assert new != old
+    assert shards.Dataset.open(new).num_samples == 9
 
 
 def test_an_indexed_folder_is_used_as_it_is(photos, tmp_path):
