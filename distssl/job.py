@@ -111,12 +111,17 @@ def evaluate_run(run: Run, context: Context, tasks: Sequence[str]) -> None:
     judge = _judge(run, context, folders(run))
     if judge is None:
         raise ConfigError(f"eval.source: {run.data.source} has no labels; say eval.source=LABELLED_IMAGES")
-    state = checkpoint.newest(context.run_dir)
+    _score(judge, run, context, trained(run, context.run_dir), tasks)
+
+
+def trained(run: Run, run_dir: Path) -> method.Method:
+    """The method as the newest checkpoint in a run folder has it. Raises ConfigError where there is none."""
+    state = checkpoint.newest(run_dir)
     if state is None:
-        raise ConfigError(f"{context.run_dir}: no checkpoint yet")
-    trained = method.build(run)
-    trained.load_state_dict(state["model"])
-    _score(judge, run, context, trained, tasks)
+        raise ConfigError(f"{run_dir}: no checkpoint yet")
+    built = method.build(run)
+    built.load_state_dict(state["model"])
+    return built
 
 
 def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | None:

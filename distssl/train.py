@@ -129,7 +129,7 @@ class Training:
             ids.append(views["id"])
             with self._synchronised(nth == cfg.accumulate - 1):
                 with precision.autocast(self.dtype, self.context.device):
-                    outputs = self.model(self._placed(views))
+                    outputs = self.model(self._moved(views))
                 (outputs["loss"] / cfg.accumulate).backward()
             self.window.add(outputs, views)
         if cfg.clip_norm is not None:
@@ -140,7 +140,7 @@ class Training:
         if self.cfg.machine.ledger:
             self._write_ledger(torch.stack(ids))
 
-    def _placed(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _moved(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Views on the device, images in the parameters' dtype; without a copy where they are."""
         dtype, device = precision.parameter_dtype(self.dtype), self.context.device
         return {
@@ -199,7 +199,7 @@ class Training:
         if self.monitor and self.step % self.plan.steps_per_epoch < self.cfg.train.log_every:
             shown = {name: view[: monitor.NUM_PICTURES] for name, view in views.items()}
             with torch.no_grad(), precision.autocast(self.dtype, self.context.device):
-                self.monitor.pictures(self.method.eval().picture(self._placed(shown)), self.step)
+                self.monitor.pictures(self.method.eval().picture(self._moved(shown)), self.step)
         return bool(sums[-1])
 
     def _record(self, metrics: dict[str, float]) -> None:

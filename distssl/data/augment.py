@@ -10,6 +10,7 @@ stay on the CPU, as DALI wants them. Images are uint8 [H, W, 3] until `normalise
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def view(sample: Sample, cfg: Augment) -> Any:
 def crop(sample: Sample, cfg: Crop) -> Any:
     """A random square: uint8 [size_px, size_px, 3], not flipped."""
     image = fn.resize(sample.whole(), resize_shorter=cfg.resize_px, antialias=True)
-    return _square(image, cfg.size_px, sample.draws.unit(), sample.draws.unit())
+    return square(image, cfg.size_px, sample.draws.unit(), sample.draws.unit())
 
 
 def crop_with_mask(sample: Sample, cfg: Crop) -> tuple[Any, Any]:
@@ -112,12 +113,20 @@ def crop_with_mask(sample: Sample, cfg: Crop) -> tuple[Any, Any]:
     x, y = sample.draws.unit(), sample.draws.unit()
     image = fn.resize(sample.whole(), resize_shorter=cfg.resize_px, antialias=True)
     mask = fn.resize(sample.classes(), resize_shorter=cfg.resize_px, interp_type=types.INTERP_NN)
-    return _square(image, cfg.size_px, x, y), _square(mask, cfg.size_px, x, y)
+    return square(image, cfg.size_px, x, y), square(mask, cfg.size_px, x, y)
 
 
-def _square(image: Any, size_px: int, x: Any, y: Any) -> Any:
+def square(image: Any, size_px: int, x: Any, y: Any) -> Any:
     """x, y: place of the square, 0 to 1 of the room there is."""
     return fn.crop(image, crop_h=size_px, crop_w=size_px, crop_pos_x=x, crop_pos_y=y)
+
+
+def one_of(operations: Sequence[Callable[[Any, Any], Any]], chosen: Any, image: Any, how: Any) -> Any:
+    """operations[chosen](image, how); `chosen` is an int32 scalar. The others are not computed."""
+    for number, operation in enumerate(operations):
+        if chosen == number:
+            image = operation(image, how)
+    return image
 
 
 def pair(sample: Sample, cfg: Augment) -> dict[str, Any]:
@@ -193,13 +202,16 @@ def blur(image: Any, draws: Draws, device: str, probability: float, sigma: tuple
     drawn = draws.uniform(*sigma)
     if chosen:
         exponent = types.Constant(-0.5 * np.arange(-reach, reach + 1, dtype=np.float32) ** 2)
-        weights = math.exp(exponent / (drawn * drawn))
-        taps = weights / fn.reductions.sum(weights)
-        if device == "gpu":
-            taps = taps.gpu()
-        image = fn.filter(image, fn.reshape(taps, shape=[1, 2 * reach + 1]))
-        image = fn.filter(image, fn.reshape(taps, shape=[2 * reach + 1, 1]))
+        image = filtered_both_ways(image, math.exp(exponent / (drawn * drawn)), device)
     return image
+
+
+def filtered_both_ways(image: Any, weights: Any, device: str) -> Any:
+    """Along both sides with the same weights, float32 [w] on the CPU, made to sum to 1."""
+    taps = weights / fn.reductions.sum(weights)
+    if device == "gpu":
+        taps = taps.gpu()
+    return fn.filter(fn.filter(image, fn.reshape(taps, shape=[1, -1])), fn.reshape(taps, shape=[-1, 1]))
 
 
 def solarize(image: Any, draws: Draws, probability: float, threshold: int) -> Any:

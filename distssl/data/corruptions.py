@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, math, types
 
-from distssl.data import draws
+from distssl.data import augment, draws
 from distssl.data.sample import Sample
 
 REFERENCE_PX = 224  # the side that lengths in pixels are given for
@@ -50,10 +50,7 @@ Corruption = Callable[[Any, Strength], Any]  # uint8 [S, S, 3] -> the same
 
 def corrupt(image: Any, names: list[str], chosen: Any, strength: Strength) -> Any:
     """The image with the corruption names[chosen]; `chosen` is an int32 scalar. The others are not computed."""
-    for number, name in enumerate(names):
-        if chosen == number:
-            image = TYPES[name](image, strength)
-    return image
+    return augment.one_of([TYPES[name] for name in names], chosen, image, strength)
 
 
 def strength(sample: Sample, severity: tuple[float, float], size_px: int) -> Strength:
@@ -91,14 +88,14 @@ def gaussian_blur(image: Any, how: Strength) -> Any:
     """Sigma of 1 to 5 px."""
     sigma = how.between(how.px(1.0), how.px(5.0))
     positions = _positions(how.px(3 * 5.0))
-    return _filtered_both_ways(image, math.exp(-0.5 * positions * positions / (sigma * sigma)), how)
+    return augment.filtered_both_ways(image, math.exp(-0.5 * positions * positions / (sigma * sigma)), how.device)
 
 
 def box_blur(image: Any, how: Strength) -> Any:
     """The mean of a square, 3 to 17 px wide; the outermost pixels count by the share that is inside."""
     half = how.between(how.px(1.5), how.px(8.5))
     positions = _positions(how.px(8.5))
-    return _filtered_both_ways(image, math.clamp(half - math.abs(positions) + 0.5, 0.0, 1.0), how)
+    return augment.filtered_both_ways(image, math.clamp(half - math.abs(positions) + 0.5, 0.0, 1.0), how.device)
 
 
 def motion_blur(image: Any, how: Strength) -> Any:
@@ -110,7 +107,8 @@ def motion_blur(image: Any, how: Strength) -> Any:
     along = x * math.cos(angle) + y * math.sin(angle)
     across = y * math.cos(angle) - x * math.sin(angle)
     weights = math.exp(-2.0 * across * across) * math.clamp(half - math.abs(along) + 0.5, 0.0, 1.0)
-    return fn.filter(image, _at(how, weights / fn.reductions.sum(weights)))
+    taps = weights / fn.reductions.sum(weights)
+    return fn.filter(image, taps.gpu() if how.device == "gpu" else taps)
 
 
 def pixelate(image: Any, how: Strength) -> Any:
@@ -197,17 +195,6 @@ def _positions(reach: float) -> Any:
     """-r to r around 0 for r = reach rounded up, float32 [2 r + 1]."""
     rounded = int(np.ceil(reach))
     return types.Constant(np.arange(-rounded, rounded + 1, dtype=np.float32))
-
-
-def _filtered_both_ways(image: Any, weights: Any, how: Strength) -> Any:
-    """Along both sides with the same weights [w], made to sum to 1."""
-    taps = _at(how, weights / fn.reductions.sum(weights))
-    return fn.filter(fn.filter(image, fn.reshape(taps, shape=[1, -1])), fn.reshape(taps, shape=[-1, 1]))
-
-
-def _at(how: Strength, node: Any) -> Any:
-    """A node of the CPU where images are."""
-    return node.gpu() if how.device == "gpu" else node
 
 
 def _float(image: Any) -> Any:

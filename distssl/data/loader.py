@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distssl.data import graph, images, order, probe
+from distssl.data.dataset import Rows
 from distssl.data.quarantine import Quarantine
 from distssl.data.shards import Dataset
 from distssl.data.store import LocalStore
@@ -152,19 +153,20 @@ class Loader:
         for sample, label, place in zip(ids.tolist(), rows.label.tolist(), places, strict=True):
             encoded = None if sample in self.quarantine else self._read_one(sample, *place)
             found.append(None if encoded is None else Image(sample, label, encoded, None))
-        return self._with_masks(found) if self.masks else found
+        return self._with_masks(found, rows) if self.masks else found
 
-    def _with_masks(self, found: list[Image | None]) -> list[Image | None]:
+    def _with_masks(self, found: list[Image | None], rows: Rows) -> list[Image | None]:
         """The same with their masks, one of no class for an image that has none; None where a mask cannot be read."""
-        return [None if image is None else self._with_mask(image) for image in found]
-
-    def _with_mask(self, image: Image) -> Image | None:
-        rows = self.dataset.rows(np.array([image.id]))
-        if not rows.mask_size[0]:
-            return image._replace(mask=images.blank_mask(int(rows.height[0]), int(rows.width[0])))
-        place = (int(rows.shard[0]), int(rows.mask_offset[0]), int(rows.mask_size[0]))
-        mask = self._read_one(image.id, *place)
-        return None if mask is None else image._replace(mask=mask)
+        places = zip(rows.shard.tolist(), rows.mask_offset.tolist(), rows.mask_size.tolist(), strict=True)
+        sides = zip(rows.height.tolist(), rows.width.tolist(), strict=True)
+        with_masks: list[Image | None] = []
+        for image, place, (height, width) in zip(found, places, sides, strict=True):
+            if image is not None:
+                has_one = place[-1] > 0
+                mask = self._read_one(image.id, *place) if has_one else images.blank_mask(height, width)
+                image = None if mask is None else image._replace(mask=mask)
+            with_masks.append(image)
+        return with_masks
 
     def _read_one(self, sample: int, shard: int, offset: int, size: int) -> bytes | None:
         try:

@@ -22,8 +22,7 @@ def random_square(sample: Sample, resize_px: tuple[int, int], size_px: int) -> A
     """A square at a random place of the image, its short side resized to a random length of a range first."""
     draws = sample.draws
     image = fn.resize(sample.whole(), resize_shorter=draws.uniform(*resize_px), antialias=True)
-    place = {"crop_pos_x": draws.unit(), "crop_pos_y": draws.unit()}
-    return fn.crop(image, crop_h=size_px, crop_w=size_px, **place)
+    return augment.square(image, size_px, draws.unit(), draws.unit())
 
 
 def down_and_up(patch: Any, draws: Draws, probability: float, smallest_px: float, size_px: int) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from pydantic import BaseModel, ConfigDict, Field
 
+from distssl.data import augment
 from distssl.data.draws import Draws
 from distssl.data.sample import Sample
 
@@ -46,10 +47,7 @@ def _one(image: Any, draws: Draws, device: str, strength: float, size_px: int) -
     chosen, amount = draws.integer(len(OPERATIONS)), strength * draws.unit()
     sign = 2.0 * fn.cast(draws.coin(0.5), dtype=types.FLOAT) - 1.0
     how = Strength(amount, sign * amount, size_px, device)
-    for number, operation in enumerate(OPERATIONS):
-        if chosen == number:
-            image = operation(image, how)
-    return image
+    return augment.one_of(OPERATIONS, chosen, image, how)
 
 
 @dataclass(frozen=True)

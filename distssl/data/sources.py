@@ -115,12 +115,13 @@ def _folder(root: Path, title: str) -> Source:
     listed, masks = files.apart(listed, lambda file: file[1], left_out)
     left_out.close()
     names = [name for _, name, _ in listed]
+    together = [[file[2] for file in pair if file] for pair in zip(listed, masks, strict=True)]
     labels, classes = label_by_folder(names)
     return Source(
         title=title,
         names=names,
-        stamps=[" ".join(files.stamp(file[2]) for file in (listed[i], masks[i]) if file) for i in range(len(listed))],
-        sizes=[sum(file[2].st_size for file in (listed[i], masks[i]) if file) for i in range(len(listed))],
+        stamps=[" ".join(files.stamp(stat) for stat in stats) for stats in together],
+        sizes=[sum(stat.st_size for stat in stats) for stats in together],
         classes=classes,
         read=lambda i: (files.read_file(listed[i][0]), labels[i]),
         read_mask=lambda i: files.read_file(mask[0]) if (mask := masks[i]) else None,
@@ -149,6 +150,7 @@ def _zip(path: Path, title: str) -> Source:
     entries = sorted({entry.filename: entry for entry in entries}.values(), key=lambda entry: entry.filename)
     entries, masks = files.apart(entries, lambda entry: entry.filename, left_out)
     left_out.close()
+    together = [[entry for entry in pair if entry] for pair in zip(entries, masks, strict=True)]
     names = files.without_common_top([entry.filename for entry in entries])
     labels, classes = label_by_folder(names)
 
@@ -161,8 +163,8 @@ def _zip(path: Path, title: str) -> Source:
     return Source(
         title=title,
         names=names,
-        stamps=[" ".join(f"{e.file_size}:{e.CRC}" for e in (entries[i], masks[i]) if e) for i in range(len(entries))],
-        sizes=[sum(entry.file_size for entry in (entries[i], masks[i]) if entry) for i in range(len(entries))],
+        stamps=[" ".join(f"{entry.file_size}:{entry.CRC}" for entry in both) for both in together],
+        sizes=[sum(entry.file_size for entry in both) for both in together],
         classes=classes,
         read=lambda i: (bytes_of(entries[i]), labels[i]),
         read_mask=lambda i: bytes_of(mask) if (mask := masks[i]) else None,

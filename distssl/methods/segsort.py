@@ -94,8 +94,9 @@ class SegSort(method.Method):
         segment, kind = self._segments(image, v.detach(), views)  # [N, P], [N, S]
         means, _ = segments.means(v, segment, kind.shape[1])
         mu = F.normalize(means, dim=2).flatten(0, 1)  # [N * S, D]
-        prototypes = torch.cat([collectives.gather(mu), self.memory.filled()[:, :-1].to(mu.dtype)])  # [M, D]
-        kinds = torch.cat([collectives.gather_no_grad(kind.flatten()), self.memory.filled()[:, -1].long()])  # [M]
+        earlier = self.memory.filled()
+        prototypes = torch.cat([collectives.gather(mu), earlier[:, :-1].to(mu.dtype)])  # [M, D]
+        kinds = torch.cat([collectives.gather_no_grad(kind.flatten()), earlier[:, -1].long()])  # [M]
         first = (collectives.rank() * len(v) + torch.arange(len(v), device=v.device)) * kind.shape[1]
         own = torch.where(segment >= 0, first[:, None] + segment, NONE).flatten()  # [N * P]
         total, num_places = neighbourhood_loss(v.flatten(0, 1), own, prototypes, kinds, self.cfg.concentration)
@@ -163,12 +164,6 @@ class SegSort(method.Method):
         return [image, F.interpolate(painted, size=image.shape[2:])]
 
 
-@full_precision
-def _log_sums(v: Tensor, prototypes: Tensor, chosen: Tensor, concentration: float) -> Tensor:
-    """log of the sum of exp(concentration v . mu) over a place's chosen prototypes [n, M]: [n]."""
-    return (concentration * v @ prototypes.T).masked_fill(~chosen, -torch.inf).logsumexp(1)
-
-
 def neighbourhood_loss(
     v: Tensor, own: Tensor, prototypes: Tensor, kinds: Tensor, concentration: float
 ) -> tuple[Tensor, Tensor]:
@@ -184,5 +179,16 @@ def neighbourhood_loss(
     others = same & ~mine
     near = torch.where(others.any(1, keepdim=True), others, mine)
     far = ~same & (kinds != NONE)
-    total = (_log_sums(v, prototypes, near | far, concentration) - _log_sums(v, prototypes, near, concentration)).sum()
+    total = _negative_log_share(v, prototypes, concentration, near, near | far)
     return total, counted.sum().to(total.dtype)
+
+
+@full_precision
+def _negative_log_share(v: Tensor, prototypes: Tensor, concentration: float, near: Tensor, counted: Tensor) -> Tensor:
+    """The sum over places of -log of the share that `near` has of the exp(concentration v . mu) of `counted`.
+
+    near, counted: bool [n, M].
+    """
+    e = concentration * v @ prototypes.T  # [n, M]
+    log_sums = [e.masked_fill(~chosen, -torch.inf).logsumexp(1) for chosen in (counted, near)]  # [n] each
+    return (log_sums[0] - log_sums[1]).sum()

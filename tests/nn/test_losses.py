@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distssl import collectives
 from distssl.nn import losses
+from tests.views import error, problem
 
 IMAGES, INPUTS, OUTPUTS = 32, 12, 16
 
@@ -24,17 +25,8 @@ def reference(za: Tensor, zb: Tensor, temperature: float) -> Tensor:
     return total / (2 * n)
 
 
-def problem() -> tuple[Tensor, Tensor, Tensor]:
-    """Two views of a batch in an order (a drift along it, so that each rank's slice differs), and an encoder."""
-    generator = torch.Generator().manual_seed(0)
-    xa = torch.randn(IMAGES, INPUTS, generator=generator, dtype=torch.float64)
-    xa += torch.linspace(-2, 2, IMAGES, dtype=torch.float64)[:, None]
-    xb = xa + 0.3 * torch.randn(IMAGES, INPUTS, generator=generator, dtype=torch.float64)
-    return xa, xb, torch.randn(INPUTS, OUTPUTS, generator=generator, dtype=torch.float64) / 2
-
-
 def of_one_process(temperature: float) -> tuple[Tensor, Tensor]:
-    xa, xb, encoder = problem()
+    xa, xb, encoder = problem(IMAGES, INPUTS, OUTPUTS, 1 / 2)
     encoder.requires_grad_()
     loss = reference(xa @ encoder, xb @ encoder, temperature)
     loss.backward()
@@ -47,7 +39,7 @@ def of_this_rank(dtype: torch.dtype, temperature: float, planted: str = "") -> t
     with pytest.MonkeyPatch.context() as patch:
         if planted:
             patch.setattr(collectives, "gather", getattr(collectives, planted))
-        xa, xb, encoder = (x.to(dtype) for x in problem())
+        xa, xb, encoder = (x.to(dtype) for x in problem(IMAGES, INPUTS, OUTPUTS, 1 / 2))
         mine = slice(
             collectives.rank() * IMAGES // collectives.world_size(),
             (collectives.rank() + 1) * IMAGES // collectives.world_size(),
@@ -58,10 +50,6 @@ def of_this_rank(dtype: torch.dtype, temperature: float, planted: str = "") -> t
     assert encoder.grad is not None
     size = collectives.world_size()
     return collectives.sum_(loss.detach()) / size, collectives.sum_(encoder.grad) / size
-
-
-def error(of: Tensor, exact: Tensor) -> float:
-    return float((of.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.1])

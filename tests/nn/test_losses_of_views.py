@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distssl import collectives
 from distssl.nn import losses, moments, sinkhorn
+from tests.views import error, problem
 
 IMAGES, INPUTS, OUTPUTS = 16, 10, 6
 
@@ -78,17 +79,8 @@ def ours(name: str, za: Tensor, zb: Tensor) -> Tensor:
     return getattr(losses, name)(za, zb)
 
 
-def problem() -> tuple[Tensor, Tensor, Tensor]:
-    """Two views with a drift along the batch, so that each rank's slice differs, and an encoder."""
-    generator = torch.Generator().manual_seed(0)
-    xa = torch.randn(IMAGES, INPUTS, generator=generator, dtype=torch.float64)
-    xa += torch.linspace(-2, 2, IMAGES, dtype=torch.float64)[:, None]
-    xb = xa + 0.3 * torch.randn(IMAGES, INPUTS, generator=generator, dtype=torch.float64)
-    return xa, xb, torch.randn(INPUTS, OUTPUTS, generator=generator, dtype=torch.float64) / 8
-
-
 def of_one_process(name: str) -> tuple[Tensor, Tensor]:
-    xa, xb, encoder = problem()
+    xa, xb, encoder = problem(IMAGES, INPUTS, OUTPUTS, 1 / 8)
     encoder.requires_grad_()
     loss = REFERENCES[name](xa @ encoder, xb @ encoder)
     loss.backward()
@@ -104,17 +96,13 @@ def of_this_rank(name: str, planted: str = "") -> tuple[Tensor, Tensor]:
             patch.setattr(collectives, "all_reduce", lambda x: x + (collectives.sum_(x.detach().clone()) - x.detach()))
         elif planted == "local statistics":
             patch.setattr(collectives, "all_reduce", lambda x: x)
-        xa, xb, encoder = problem()
+        xa, xb, encoder = problem(IMAGES, INPUTS, OUTPUTS, 1 / 8)
         encoder.requires_grad_()
         mine = slice(collectives.rank() * IMAGES // size, (collectives.rank() + 1) * IMAGES // size)
         loss = ours(name, xa[mine] @ encoder, xb[mine] @ encoder)
         loss.backward()
     assert encoder.grad is not None
     return collectives.sum_(loss.detach()) / size, collectives.sum_(encoder.grad) / size
-
-
-def error(of: Tensor, exact: Tensor) -> float:
-    return float((of - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("name", REFERENCES)
