@@ -16,7 +16,7 @@ from rich.console import Console
 from stopwatch import Clock
 from torch import nn
 
-from distssl import checkpoint, config, job, method, progress
+from distssl import config, job, method, monitor, progress
 from distssl.config import Run
 from distssl.context import Context
 from distssl.nn import backbones, optim
@@ -96,14 +96,17 @@ def ours(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
     run = our_run(settings, photos, out, seed)
     interrupted = run.run_dir.exists()
     with progress.follow(run.run_dir, Console(force_terminal=False)), Clock() as clock:
-        ready = job.prepare(run, 1)
-        with Context(run.run_dir) as context:
-            job.pretrain(run, context, ready)
-    state = checkpoint.newest(run.run_dir)
-    assert state is not None
-    trained = method.build(run)
-    trained.load_state_dict(state["model"])
-    return Trained.timed(placed(trained.backbone), state["step"], clock, run.run_dir / "times.json", interrupted)
+        pretrain(run)
+    steps = monitor.read_jsonl(run.run_dir / monitor.METRICS)[-1]["step"]
+    trained = job.trained(run, run.run_dir)
+    return Trained.timed(placed(trained.backbone), steps, clock, run.run_dir / "times.json", interrupted)
+
+
+def pretrain(run: Run) -> None:
+    """The product's job in this process."""
+    ready = job.prepare(run, 1)
+    with Context(run.run_dir) as context:
+        job.pretrain(run, context, ready)
 
 
 def untrained(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:

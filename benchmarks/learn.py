@@ -9,25 +9,23 @@ seed is a JSON file in OUT/rows; the table is made of those there are.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import logging
-import multiprocessing
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cells
 import from_scratch
 import numpy as np
 import photos
 import provenance
 import recipes
 import torch
-from contestants import Settings, backbone, placed
-from peer_simclr import claim
+from contestants import Settings, placed, pretrain, untrained
 
-from distssl import atomic, checkpoint, config, job, method, monitor
+from distssl import config, job, method, monitor
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
@@ -44,11 +42,8 @@ COLUMNS += [("grocery", "linear", 1000), ("grocery", "linear", None)]
 class Cell:
     """One method, or baseline, and seed."""
 
-    name: str
+    kind: str
     seed: int
-
-    def file(self, out: Path) -> Path:
-        return out / "rows" / f"{self.name}_seed{self.seed}.json"
 
 
 def run_of(name: str, settings: Settings, prepared: photos.Photos, out: Path, seed: int) -> Run:
@@ -82,42 +77,31 @@ def run_of(name: str, settings: Settings, prepared: photos.Photos, out: Path, se
     return config.load(None, [f"{key}={json.dumps(value)}" for key, value in tree.items()], method.options)
 
 
-def train(name: str, settings: Settings, prepared: photos.Photos, out: Path, seed: int) -> tuple[method.Method, dict]:
-    """The method trained, and what its run told at the end."""
-    run = run_of(name, settings, prepared, out, seed)
-    ready = job.prepare(run, 1)
-    with Context(run.run_dir) as context:
-        job.pretrain(run, context, ready)
-    state = checkpoint.newest(run.run_dir)
-    assert state is not None
-    trained = method.build(run)
-    trained.load_state_dict(state["model"])
+def run_cell(settings: Settings, prepared: photos.Photos, out: Path, cell: Cell) -> dict[str, Any]:
+    """Train and probe: the cell's row."""
+    torch.set_num_threads(settings.threads)
+    row: dict[str, Any] = {"method": cell.kind}
+    if cell.kind == "supervised":
+        return row | {"rows": _supervised(settings, prepared, out, cell.seed)}
+    if cell.kind == "random":
+        net = untrained(settings, prepared, out, cell.seed).backbone
+    else:
+        run = run_of(cell.kind, settings, prepared, out, cell.seed)
+        pretrain(run)
+        net = job.trained(run, run.run_dir).evaluated()
+        row |= _told(run)
+    dtype, context = precision.resolve("auto", "cpu"), Context(out)
+    row["rows"] = photos.probe(placed(net), prepared, context, settings.threads, dtype)
+    test = photos.extract(net, prepared.splits["clothing"].test, context, settings.threads, dtype)
+    row["effective_rank"] = float(diagnostics.effective_rank(torch.from_numpy(test.x - test.x.mean(0))))
+    return row
+
+
+def _told(run: Run) -> dict[str, float]:
+    """What a run says of itself at its end, and its speed."""
     rows = monitor.read_jsonl(run.run_dir / monitor.METRICS)
     told = {key: rows[-1][key] for key in ("loss", "accuracy") if key in rows[-1]}
-    return trained, told | {"images_per_s": float(np.median([row["images_per_s"] for row in rows[1:]]))}
-
-
-def run_cell(cell: Cell, settings: Settings, prepared: photos.Photos, out: Path) -> None:
-    """Train and probe; the whole of a child process."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    torch.set_num_threads(settings.threads)
-    row: dict[str, Any] = {"method": cell.name, "seed": cell.seed}
-    if cell.name == "supervised":
-        row["rows"] = _supervised(settings, prepared, out, cell.seed)
-    else:
-        if cell.name == "random":
-            torch.manual_seed(cell.seed)
-            net = backbone()
-        else:
-            trained, told = train(cell.name, settings, prepared, out, cell.seed)
-            net, row = trained.evaluated(), row | told
-        dtype = precision.resolve("auto", "cpu")
-        context = Context(out)
-        row["rows"] = photos.probe(placed(net), prepared, context, settings.threads, dtype)
-        test = photos.extract(placed(net), prepared.splits["clothing"].test, context, settings.threads, dtype)
-        row["effective_rank"] = float(diagnostics.effective_rank(torch.from_numpy(test.x - test.x.mean(0))))
-    with atomic.replacing(cell.file(out)) as part:
-        part.write_text(json.dumps(row, indent=1) + "\n")
+    return told | {"images_per_s": float(np.median([row["images_per_s"] for row in rows[1:] or rows]))}
 
 
 def _supervised(settings: Settings, prepared: photos.Photos, out: Path, seed: int) -> list[dict[str, Any]]:
@@ -129,24 +113,9 @@ def _supervised(settings: Settings, prepared: photos.Photos, out: Path, seed: in
     return rows
 
 
-def work(cells: Sequence[Cell], settings: Settings, prepared: photos.Photos, out: Path) -> None:
-    """The cells that have no row yet, one process each. Leaves the program where one fails."""
-    (out / "rows").mkdir(exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    for nth, cell in enumerate(cells):
-        if cell.file(out).exists():
-            continue
-        print(f"[{nth + 1}/{len(cells)}] {cell.name}, seed {cell.seed}", flush=True)
-        process = spawn.Process(target=run_cell, args=(cell, settings, prepared, out), daemon=True)
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(f"{cell.name}, seed {cell.seed}: failed; the same command goes on from here")
-
-
 def render(out: Path, settings: Settings, prepared: photos.Photos) -> str:
     """Markdown."""
-    found = [json.loads(path.read_text()) for path in sorted((out / "rows").glob("*.json"))]
+    found = cells.rows(out)
     titles = [f"{data} {task} {labels or 'all'}" for data, task, labels in COLUMNS]
     lines = [
         provenance.describe(),
@@ -165,19 +134,19 @@ def render(out: Path, settings: Settings, prepared: photos.Photos) -> str:
 def _line(name: str, mine: Sequence[dict[str, Any]]) -> str:
     accuracy = _percent([row["accuracy"] for row in mine if name in CHANCE])
     ranks = [row["effective_rank"] for row in mine if "effective_rank" in row]
-    cells = [
+    columns = [
         name + (" **collapsed**" if ranks and np.mean(ranks) < COLLAPSED else ""),
         str(len(mine)),
         f"{accuracy} ({100 * CHANCE[name]:.0f})" if accuracy else "",
     ]
     for data, task, labels in COLUMNS:
         place = (data, task, labels)
-        cells.append(
+        columns.append(
             _percent([r["value"] for row in mine for r in row["rows"] if (r["data"], r["task"], r["labels"]) == place])
         )
-    cells.append(f"{np.mean(ranks):.0f}" if ranks else "")
-    cells.append(f"{np.mean([row['images_per_s'] for row in mine]):.0f}" if "images_per_s" in mine[0] else "")
-    return "| " + " | ".join(cells) + " |"
+    columns.append(f"{np.mean(ranks):.0f}" if ranks else "")
+    columns.append(f"{np.mean([row['images_per_s'] for row in mine]):.0f}" if "images_per_s" in mine[0] else "")
+    return "| " + " | ".join(columns) + " |"
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -199,11 +168,12 @@ def main() -> None:
     args = parser.parse_args()
     settings = Settings(epochs=args.epochs, threads=args.threads, images=args.images)
     out = args.out.resolve()
-    claim(out, settings)
+    cells.claim(out, settings)
     prepared = photos.prepare(out, settings.images)
     names = args.only.split(",") if args.only else [*BASELINES, *recipes.OPTIONS]
     if args.only != "table":
-        work([Cell(name, seed) for seed in range(args.seeds) for name in names], settings, prepared, out)
+        run = functools.partial(run_cell, settings, prepared, out)
+        cells.work([Cell(name, seed) for seed in range(args.seeds) for name in names], run, out)
     text = render(out, settings, prepared)
     (out / "table.md").write_text(text)
     print(text)

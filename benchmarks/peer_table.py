@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cells
 import numpy as np
 import photos
 import provenance
@@ -29,7 +29,7 @@ Key = tuple[str, str, int | None]  # data, task, labels
 
 def render(out: Path, settings: Settings) -> str:
     """Markdown."""
-    found = [json.loads(path.read_text()) for path in sorted((out / "rows").glob("*.json"))]
+    found = cells.rows(out)
     values = _values(found)
     parts = [
         provenance.describe(),
@@ -68,9 +68,9 @@ def _accuracy(values: dict[tuple[str, Key], dict[int, float]], columns: Sequence
     titles = [f"{task}, {labels or 'all'}" for _, task, labels in columns]
     lines = [_row(columns[0][0], *titles), _row(*["---"] * (len(columns) + 1))]
     for method, name in NAMES.items():
-        cells = [values.get((method, key), {}) for key in columns]
-        if any(cells):
-            lines.append(_row(name, *(_percent(list(cell.values())) for cell in cells)))
+        found = [values.get((method, key), {}) for key in columns]
+        if any(found):
+            lines.append(_row(name, *(_percent(list(cell.values())) for cell in found)))
     differences = [_paired(values.get(("ours", key), {}), values.get(("lightly", key), {})) for key in columns]
     if any(differences):
         lines.append(_row("distssl - lightly, by seed", *(_percent(pairs) for pairs in differences)))
@@ -83,20 +83,20 @@ def _paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
 
 def _cost(found: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
     """Wall-clock and CPU time of the trainings that were not interrupted."""
-    cells = {(cell["method"], cell["seed"]): cell for cell in found if cell.get("wall_s") and cell["steps"]}
+    trained = {(cell["method"], cell["seed"]): cell for cell in found if cell.get("wall_s") and cell["steps"]}
     lines = [
         _row("training", "n", "steps", "wall, s", "CPU, s", "images/s", "images/CPU-s"),
         _row(*["---"] * 7),
     ]
     for method in ("ours", "lightly"):
-        mine = [cell for (name, _), cell in cells.items() if name == method]
+        mine = [cell for (name, _), cell in trained.items() if name == method]
         if mine:
             images = mine[0]["steps"] * settings.batch
             walls, cpus = [cell["wall_s"] for cell in mine], [cell["cpu_s"] for cell in mine]
             rates = [f"{images / float(np.mean(times)):.0f}" for times in (walls, cpus)]
             lines.append(_row(NAMES[method], len(mine), mine[0]["steps"], _spread(walls), _spread(cpus), *rates))
-    pairs = [(cells["ours", seed], cells["lightly", seed]) for (name, seed) in cells if name == "ours"
-             and ("lightly", seed) in cells]  # fmt: skip
+    pairs = [(trained["ours", seed], trained["lightly", seed]) for (name, seed) in trained if name == "ours"
+             and ("lightly", seed) in trained]  # fmt: skip
     if pairs:
         ratios = {key: [ours[key] / theirs[key] for ours, theirs in pairs] for key in ("wall_s", "cpu_s")}
         spreads = [_spread(values, digits=3) for values in ratios.values()]

@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "corruption": {"augment": CROP},
     "colorization": {"augment": CROP},
     "inpainting": {"augment": CROP},
-    "segsort": {"stride": 4, "decoder": [128], "augment": CROP},
+    "segsort": {"stride": 8, "decoder": [128], "most_segments": 25, "augment": CROP},  # places times prototypes: memory
     "uda": {"num_classes": 10, "augment": CROP, "strong": {"cutout": 0.5}},
     "combined": {
         "parts": {
