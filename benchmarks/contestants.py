@@ -1,7 +1,7 @@
-"""What peer_simclr compares, but for lightly's part: distssl's SimCLR and the untrained network.
+"""What learn and peer_simclr compare, but for lightly's part: distssl's methods and the untrained network.
 
 All contestants have the same backbone, started from the same weights for the same seed, and the same optimiser and
-schedule. Ours is the product's own job, in one process, on tars packed by the product.
+schedule. Ours are the product's own job, in one process, on tars packed by the product.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import recipes
 import torch
-from photos import SIZE_PX, Photos
+from photos import Photos
 from rich.console import Console
 from stopwatch import Clock
 from torch import nn
@@ -21,11 +23,7 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.nn import backbones, optim
 
-TEMPERATURE = 0.2
-HIDDEN, EMBEDDING = 512, 128
-NUM_FEATURES = 512  # of the backbone
-CROP_AREA = (0.2, 1.0)
-JITTER = 0.4  # of brightness, contrast and saturation; a quarter of it is the hue's, as a share of the circle
+BACKBONE, STEM = "resnet10", "3x3_s2"
 WARMUP_SHARE = 0.1
 
 
@@ -33,10 +31,11 @@ WARMUP_SHARE = 0.1
 class Settings:
     """What is the same for all: a folder of results belongs to one of these."""
 
-    epochs: int = 15
+    epochs: int = 10
     batch: int = 256
     images: int | None = None
     threads: int = 2
+    width: int = 16  # of the backbone's first stage; at torchvision's 64 all of learn.py would take a day on two cores
     lr: float = 1.5e-3
     weight_decay: float = 1e-3
 
@@ -58,66 +57,60 @@ class Trained:
         return cls(backbone, steps, *(json.loads(note.read_text()) if note.exists() else ()))
 
 
-def our_run(settings: Settings, photos: Photos, out: Path, seed: int) -> Run:
-    """The product's config; the table of augmentations here is what SimCLRTransform gets below."""
-    overrides = {
-        "name": f"ours_seed{seed}",
+def run_of(name: str, settings: Settings, photos: Photos, out: Path, seed: int) -> Run:
+    """A method's config: recipes' options, everything else the same for all."""
+    labelled = method.find(name).learns_from_labels
+    tree: dict[str, Any] = {
+        "name": f"{name}_seed{seed}",
         "seed": seed,
-        "data.source": photos.packed,
-        "data.global_batch": settings.batch,
-        "method.temperature": TEMPERATURE,
-        "method.projector": [HIDDEN, EMBEDDING],
-        "method.augment.size_px": SIZE_PX,
-        "method.augment.crop_area": list(CROP_AREA),
-        "method.augment.brightness": JITTER,
-        "method.augment.contrast": JITTER,
-        "method.augment.saturation": JITTER,
-        "method.augment.hue_degrees": JITTER / 4 * 360,
-        "method.augment.blur": 0.0,  # as the paper does for small images
-        "model.backbone": "resnet10",
-        "model.stem": "3x3_s2",
-        "train.epochs": settings.epochs,
-        "train.optimizer": "adamw",
-        "train.lr": settings.lr,
-        "train.weight_decay": settings.weight_decay,
-        "train.warmup_epochs": WARMUP_SHARE * settings.epochs,
-        "eval.every": "null",
-        "checkpoint.every": 30,
-        "machine.workers": 0,
-        "machine.threads": settings.threads,
-        "machine.storage": out / "runs",
-        "machine.cache": out / "cache",
+        "data": {
+            "source": str(photos.packed),
+            "global_batch": settings.batch,
+            **({"labelled": str(photos.splits["clothing"].train), "num_labelled": 1000} if labelled else {}),
+        },
+        "method": {"name": name, **recipes.OPTIONS[name]},
+        "model": {"backbone": BACKBONE, "stem": STEM, "options": {"width": settings.width}},
+        "train": {
+            "epochs": settings.epochs,
+            "optimizer": "adamw",
+            "lr": settings.lr,
+            "weight_decay": settings.weight_decay,
+            "warmup_epochs": WARMUP_SHARE * settings.epochs,
+        },
+        "eval": {"every": None, "tasks": []},
+        "checkpoint": {"every": 30},
+        "machine": {
+            "workers": 0,
+            "threads": settings.threads,
+            "storage": str(out / "runs"),
+            "cache": str(out / "cache"),
+        },
     }
-    return config.load(None, [f"{key}={value}" for key, value in overrides.items()], method.options)
+    return config.load(None, [f"{key}={json.dumps(value)}" for key, value in tree.items()], method.options)
 
 
-def ours(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
+def pretrained(name: str, settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
     """The product's pretraining in this process, without Ray; goes on from its own checkpoint."""
-    run = our_run(settings, photos, out, seed)
+    run = run_of(name, settings, photos, out, seed)
     interrupted = run.run_dir.exists()
     with progress.follow(run.run_dir, Console(force_terminal=False)), Clock() as clock:
-        pretrain(run)
+        ready = job.prepare(run, 1)
+        with Context(run.run_dir) as context:
+            job.pretrain(run, context, ready)
     steps = monitor.read_jsonl(run.run_dir / monitor.METRICS)[-1]["step"]
-    trained = job.trained(run, run.run_dir)
-    return Trained.timed(placed(trained.backbone), steps, clock, run.run_dir / "times.json", interrupted)
-
-
-def pretrain(run: Run) -> None:
-    """The product's job in this process."""
-    ready = job.prepare(run, 1)
-    with Context(run.run_dir) as context:
-        job.pretrain(run, context, ready)
+    backbone = placed(job.trained(run, run.run_dir).evaluated())
+    return Trained.timed(backbone, steps, clock, run.run_dir / "times.json", interrupted)
 
 
 def untrained(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
     """The backbone both SimCLRs start from."""
-    del settings, photos, out
+    del photos, out
     torch.manual_seed(seed)
-    return Trained(placed(backbone()))
+    return Trained(placed(backbone(settings)))
 
 
-def backbone() -> backbones.Backbone:
-    return backbones.build("resnet10", "3x3_s2")
+def backbone(settings: Settings) -> backbones.Backbone:
+    return backbones.build(BACKBONE, STEM, width=settings.width)
 
 
 def placed(module: nn.Module) -> nn.Module:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contestants import CROP_AREA, NUM_FEATURES, Settings, backbone, placed, set_rate
+from contestants import Settings, backbone, placed, set_rate
 from photos import SIZE_PX, Photos, extract
+from recipes import CROP_AREA
 from stopwatch import Say
 from torch import nn
 
@@ -36,7 +37,7 @@ def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: 
     batch = min(BATCH, len(ids))
     steps = STEPS[labels]
     torch.manual_seed(seed)
-    net = nn.Sequential(backbone(), nn.Linear(NUM_FEATURES, len(dataset.classes)))
+    net = nn.Sequential(trunk := backbone(settings), nn.Linear(trunk.num_features, len(dataset.classes)))
     placed(net)
     optimizer = optim.build(net, name="adamw", lr=LR, weight_decay=WEIGHT_DECAY)
     source = loader.Loader(

@@ -11,25 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import (
-    CROP_AREA,
-    EMBEDDING,
-    HIDDEN,
-    JITTER,
-    NUM_FEATURES,
-    TEMPERATURE,
-    Settings,
-    Trained,
-    backbone,
-    our_run,
-    placed,
-    set_rate,
-)
+from contestants import Settings, Trained, backbone, placed, run_of, set_rate
 from lightly.data import LightlyDataset
 from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
 from lightly.transforms.simclr_transform import SimCLRTransform
 from photos import SIZE_PX, Photos
+from recipes import CROP_AREA, JITTER, PROJECTOR, TEMPERATURE
 from stopwatch import Clock, Say
 from torch import nn
 
@@ -45,7 +33,9 @@ def train(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
     started = saved.with_suffix(".started")
     interrupted = started.exists()
     started.touch()
-    steps_per_epoch = plan.of_run(our_run(settings, photos, out, seed), Dataset.open(photos.packed), 1).steps_per_epoch
+    steps_per_epoch = plan.of_run(
+        run_of("simclr", settings, photos, out, seed), Dataset.open(photos.packed), 1
+    ).steps_per_epoch
     with Clock() as clock:
         net = _train(settings, photos.jpegs, saved, seed, steps_per_epoch)
     return Trained.timed(
@@ -57,7 +47,8 @@ def _train(settings: Settings, jpegs: Path, saved: Path, seed: int, steps_per_ep
     precision.speed_up_float32_matmul()
     dtype = precision.resolve("auto", "cpu")
     torch.manual_seed(seed)
-    net = nn.Sequential(backbone(), SimCLRProjectionHead(NUM_FEATURES, HIDDEN, EMBEDDING))
+    trunk = backbone(settings)
+    net = nn.Sequential(trunk, SimCLRProjectionHead(trunk.num_features, *PROJECTOR))
     placed(net)
     optimizer = optim.build(net, name="adamw", lr=settings.lr, weight_decay=settings.weight_decay)
     criterion = NTXentLoss(temperature=TEMPERATURE)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import cells
 import numpy as np
 import photos
 import provenance
@@ -14,7 +12,7 @@ from contestants import Settings
 
 NAMES = {
     "random": "random initialisation",
-    "ours": "SimCLR, distssl",
+    "simclr": "SimCLR, distssl",
     "lightly": "SimCLR, lightly",
     "supervised": "supervised from scratch",
 }
@@ -27,9 +25,8 @@ a seed. Pretraining saw the photos of the clothing test senders, without labels,
 Key = tuple[str, str, int | None]  # data, task, labels
 
 
-def render(out: Path, settings: Settings) -> str:
+def render(found: Sequence[dict[str, Any]], settings: Settings) -> str:
     """Markdown."""
-    found = cells.rows(out)
     values = _values(found)
     parts = [
         provenance.describe(),
@@ -54,12 +51,11 @@ def _columns() -> list[Key]:
 
 
 def _values(found: Sequence[dict[str, Any]]) -> dict[tuple[str, Key], dict[int, float]]:
-    """(method, column) -> {seed: accuracy}; a supervised network stands in the linear columns."""
+    """(contestant, column) -> {seed: accuracy}; a supervised network stands in the linear columns."""
     values: dict[tuple[str, Key], dict[int, float]] = {}
     for cell in found:
         for row in cell["rows"]:
-            task = "linear" if row["task"] == "supervised" else row["task"]
-            key = (cell["method"], (row["data"], task, row["labels"]))
+            key = (cell["contestant"], (row["data"], row["task"], row["labels"]))
             values.setdefault(key, {})[cell["seed"]] = row["value"]
     return values
 
@@ -71,7 +67,7 @@ def _accuracy(values: dict[tuple[str, Key], dict[int, float]], columns: Sequence
         found = [values.get((method, key), {}) for key in columns]
         if any(found):
             lines.append(_row(name, *(_percent(list(cell.values())) for cell in found)))
-    differences = [_paired(values.get(("ours", key), {}), values.get(("lightly", key), {})) for key in columns]
+    differences = [_paired(values.get(("simclr", key), {}), values.get(("lightly", key), {})) for key in columns]
     if any(differences):
         lines.append(_row("distssl - lightly, by seed", *(_percent(pairs) for pairs in differences)))
     return lines
@@ -83,19 +79,19 @@ def _paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
 
 def _cost(found: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
     """Wall-clock and CPU time of the trainings that were not interrupted."""
-    trained = {(cell["method"], cell["seed"]): cell for cell in found if cell.get("wall_s") and cell["steps"]}
+    trained = {(cell["contestant"], cell["seed"]): cell for cell in found if cell.get("wall_s") and cell["steps"]}
     lines = [
         _row("training", "n", "steps", "wall, s", "CPU, s", "images/s", "images/CPU-s"),
         _row(*["---"] * 7),
     ]
-    for method in ("ours", "lightly"):
+    for method in ("simclr", "lightly"):
         mine = [cell for (name, _), cell in trained.items() if name == method]
         if mine:
             images = mine[0]["steps"] * settings.batch
             walls, cpus = [cell["wall_s"] for cell in mine], [cell["cpu_s"] for cell in mine]
             rates = [f"{images / float(np.mean(times)):.0f}" for times in (walls, cpus)]
             lines.append(_row(NAMES[method], len(mine), mine[0]["steps"], _spread(walls), _spread(cpus), *rates))
-    pairs = [(trained["ours", seed], trained["lightly", seed]) for (name, seed) in trained if name == "ours"
+    pairs = [(trained["simclr", seed], trained["lightly", seed]) for (name, seed) in trained if name == "simclr"
              and ("lightly", seed) in trained]  # fmt: skip
     if pairs:
         ratios = {key: [ours[key] / theirs[key] for ours, theirs in pairs] for key in ("wall_s", "cpu_s")}

@@ -9,15 +9,19 @@ from typing import Any
 
 from photos import SIZE_PX
 
-COLOUR = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue_degrees": 36, "blur": 0.0}
-VIEWS = {"size_px": SIZE_PX, "crop_area": [0.2, 1.0], **COLOUR}
+TEMPERATURE = 0.2
+PROJECTOR = (512, 128)
+CROP_AREA = (0.2, 1.0)
+JITTER = 0.4  # of brightness, contrast and saturation; a quarter of it is the hue's, as a share of the circle
+COLOUR = {"brightness": JITTER, "contrast": JITTER, "saturation": JITTER, "hue_degrees": JITTER / 4 * 360, "blur": 0.0}
+VIEWS = {"size_px": SIZE_PX, "crop_area": CROP_AREA, **COLOUR}
 ASYMMETRIC = VIEWS | {"second_blur": 0.0, "second_solarize": 0.2}
 CROP = {"resize_px": 72, "size_px": SIZE_PX}
 LOCAL = {"size_px": 32, "crop_area": [0.05, 0.4], **COLOUR}
 MULTI_CROP = {"num_local": 4, "local": LOCAL}
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "simclr": {"temperature": 0.2, "projector": [512, 128], "augment": VIEWS},
+    "simclr": {"temperature": TEMPERATURE, "projector": PROJECTOR, "augment": VIEWS},
     "moco_v2": {"projector": [512, 128], "queue": 8192, "momentum": 0.99, "augment": VIEWS},
     "moco_v3": {"projector": [1024, 256], "predictor": 1024, "temperature": 0.2, "augment": ASYMMETRIC},
     "byol": {"projector": [1024, 256], "predictor": 1024, "momentum": 0.97, "augment": ASYMMETRIC},
@@ -63,7 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "combined": {
         "parts": {
             "rotation": {"weight": 0.3, "augment": CROP},
-            "simclr": {"temperature": 0.2, "projector": [512, 128], "augment": VIEWS},
+            "simclr": {"temperature": TEMPERATURE, "projector": PROJECTOR, "augment": VIEWS},
         }
     },
 }
