@@ -33,10 +33,10 @@ def _finalise(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def uniforms(seed: int, epoch: int, ids: np.ndarray, n: int) -> np.ndarray:
+def uniforms(seed: int, epoch: int | np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
     """The first n draws of each sample: float32 [len(ids), n] in [0, 1), multiples of 2**-24.
 
-    ids: int64 [N]. A pure function of its arguments: a row depends on its own id alone.
+    ids: int64 [N]. epoch: of all, or int64 [N]. A pure function of its arguments: a row depends on its own id alone.
     """
     rows = hash64(seed, epoch, ids)[:, None]  # [N, 1]
     bits = hash64(rows, np.arange(n))  # [N, n]

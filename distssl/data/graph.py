@@ -21,7 +21,7 @@ from distssl.data.sample import Sample
 class Feed(NamedTuple):
     """One batch for a graph."""
 
-    epoch: int
+    epoch: int | np.ndarray  # of all, or int64 [N]
     ids: np.ndarray  # int64 [N]
     labels: np.ndarray  # int64 [N]
     encoded: list[bytes]  # N images

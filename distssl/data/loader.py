@@ -27,13 +27,18 @@ from distssl.errors import RunError
 class Request:
     """The samples one rank wants for one step.
 
-    ids: int64 [N]. epoch: feeds the draws. replace: (index in ids, attempt) -> another id for a bad sample; without
-    it bad samples are left out and the batch is smaller.
+    ids: int64 [N]. epoch: feeds the draws, of all samples or int64 [N]. replace: (index in ids, attempt) -> another id
+    for a bad sample; without it bad samples are left out and the batch is smaller.
     """
 
     ids: np.ndarray
-    epoch: int = 0
+    epoch: int | np.ndarray = 0
     replace: Callable[[int, int], int] | None = None
+
+    @property
+    def epochs(self) -> list[int]:
+        """Of each sample, N of them."""
+        return np.broadcast_to(self.epoch, self.ids.shape).tolist()
 
 
 class Image(NamedTuple):
@@ -130,7 +135,9 @@ class Loader:
         found = [
             image or next(self._candidates(request, index), None) for index, image in enumerate(self._read(request.ids))
         ]
-        return _as_feed(request.epoch, [image for image in found if image is not None])
+        usable = [image is not None for image in found]
+        epochs = [epoch for epoch, here in zip(request.epochs, usable, strict=True) if here]
+        return _as_feed(epochs, [image for image in found if image is not None])
 
     def _candidates(self, request: Request, index: int) -> Iterator[Image]:
         """What may stand in for request.ids[index] and can be read, in order; none where it may only be left out.
@@ -209,7 +216,7 @@ class Loader:
         """The views of `image`, request.ids[index], or of what replaces it; None where it may only be left out."""
         for candidate in itertools.chain([image] if image else [], self._candidates(request, index)):
             try:
-                return self._run_single(_as_feed(request.epoch, [candidate]))
+                return self._run_single(_as_feed([request.epochs[index]], [candidate]))
             except RuntimeError as error:
                 self._reject(candidate.id, f"cannot be decoded: {probe.reason(error)}")
         return None
@@ -222,8 +229,8 @@ class Loader:
         return {name: tensor.clone() for name, tensor in self._single.run().items()}
 
 
-def _as_feed(epoch: int, found: list[Image]) -> graph.Feed:
+def _as_feed(epochs: list[int], found: list[Image]) -> graph.Feed:
     ids = np.array([image.id for image in found], np.int64)
     labels = np.array([image.label for image in found], np.int64)
     masks = [image.mask for image in found if image.mask is not None]
-    return graph.Feed(epoch, ids, labels, [image.encoded for image in found], masks or None)
+    return graph.Feed(np.array(epochs, np.int64), ids, labels, [image.encoded for image in found], masks or None)

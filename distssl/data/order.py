@@ -94,6 +94,15 @@ class Order:
         lane = drawn[1:] % np.uint64(self.lanes) if attempt >= NUM_ATTEMPTS // 2 else np.array([slot // self.per_lane])
         return int(self._ids(epoch, lane.astype(np.int64), position.astype(np.int64))[0])
 
+    def among(self, ids: np.ndarray) -> Order:
+        """The order of positions in `ids`, int64 [num_samples], ascending, of which some may be there more than once.
+
+        Positions of one shard's samples are a shard of their own, so reads stay as local as they are here.
+        """
+        first = np.searchsorted(ids, self.shard_first)
+        sizes = {"global_batch": self.global_batch, "lanes": self.lanes, "shuffle_window": self.shuffle_window}
+        return Order(first, seed=self.seed, **sizes)
+
     def check_world_size(self, world_size: int) -> None:
         """Raise ConfigError where the lanes cannot be shared out evenly."""
         if self.lanes % world_size:
