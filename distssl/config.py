@@ -57,6 +57,7 @@ class Method(Section):
 class Model(Section):
     backbone: str = "resnet50"
     stem: Literal["7x7_s2_pool", "3x3_s2", "3x3_s1"] = "7x7_s2_pool"
+    sobel: bool = Field(default=False, description="the backbone sees two edge images instead of colours")
     options: dict[str, Any] = Field(default={}, description="more arguments of the backbone's constructor")
 
 

@@ -135,5 +135,5 @@ def build(run: Run) -> Method:
     chosen = find(run.method.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        backbone = backbones.build(run.model.backbone, run.model.stem, **run.model.options)
+        backbone = backbones.build(run.model.backbone, run.model.stem, run.model.sobel, **run.model.options)
         return chosen(chosen.Config(**run.method.options), backbone)

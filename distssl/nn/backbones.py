@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,8 +51,8 @@ class Backbone(nn.Module, ABC):
         return self.features(x)
 
 
-def build(name: str, stem: str = "7x7_s2_pool", **options: Any) -> Backbone:
-    """The backbone `name` with random weights.
+def build(name: str, stem: str = "7x7_s2_pool", sobel: bool = False, **options: Any) -> Backbone:
+    """The backbone `name` with random weights; with `sobel`, not timm's, behind a Sobel filter.
 
     - resnet18, 34, 50, 101 and wide_resnet50_2: torchvision's; resnet10 has one basic block a stage, and resnet8 the
       first three of these stages. D is the pooled last stage. `stem` is "7x7_s2_pool" (ImageNet's), "3x3_s2" or
@@ -66,7 +67,7 @@ def build(name: str, stem: str = "7x7_s2_pool", **options: Any) -> Backbone:
     if stem not in STEMS:
         raise ConfigError(f"model.stem={stem} is unknown: use {', '.join(STEMS)}")
     if name in _RESNETS:
-        return _build_resnet(name, stem, options)
+        return _build_resnet(name, stem, sobel, options)
     if name not in _PLAIN:
         _require_timm(name)
     if stem != STEMS[0]:
@@ -74,7 +75,9 @@ def build(name: str, stem: str = "7x7_s2_pool", **options: Any) -> Backbone:
     if name in _PLAIN:
         if options:
             raise ConfigError(f"model.options.{next(iter(options))} is not an option of {name}, which has none")
-        return _build_plain(name)
+        return _build_plain(name, sobel)
+    if sobel:
+        raise ConfigError(f"model.sobel=true needs one of {', '.join([*_RESNETS, *_PLAIN])}; {name} is timm's")
     return _build_timm(name, options)
 
 
@@ -82,7 +85,8 @@ class ResNet(nn.Module):
     """torchvision's ResNet up to the last stage, its names and its initialisation, with any stem and width.
 
     He et al., Deep Residual Learning, CVPR 2016; the initialisation of the residual branches' last norm with zeros
-    is Goyal et al., Accurate, Large Minibatch SGD, https://arxiv.org/abs/1706.02677. [N, 3, H, W] -> [N, C, h, w].
+    is Goyal et al., Accurate, Large Minibatch SGD, https://arxiv.org/abs/1706.02677. [N, 3, H, W] -> [N, C, h, w],
+    or with `in_channels` in place of 3.
     """
 
     def __init__(
@@ -93,13 +97,14 @@ class ResNet(nn.Module):
         stem: str = STEMS[0],
         width: int = 64,
         zero_init_residual: bool = False,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         from torchvision.models import resnet
 
         kind = {"BasicBlock": resnet.BasicBlock, "Bottleneck": resnet.Bottleneck}[block]
         size, stride = (7, 2) if stem == "7x7_s2_pool" else (3, 2 if stem == "3x3_s2" else 1)
-        self.conv1 = nn.Conv2d(3, width, size, stride=stride, padding=size // 2, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, size, stride=stride, padding=size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "7x7_s2_pool" else nn.Identity()
@@ -135,13 +140,35 @@ class ResNet(nn.Module):
 
 
 class Convolutional(Backbone):
-    """A `net` of [N, 3, H, W] -> [N, D, h, w]; the features are its global average."""
+    """A `net` of [N, C, H, W] -> [N, D, h, w]; the features are its global average. `front`: what images pass first."""
+
+    def __init__(self, net: nn.Module, num_features: int, front: nn.Module) -> None:
+        super().__init__(net, num_features)
+        self.front = front
 
     def feature_map(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(self.front(x))
 
     def features(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.net(x), 1).flatten(1)  # [N, D]
+        return F.adaptive_avg_pool2d(self.feature_map(x), 1).flatten(1)  # [N, D]
+
+
+class Sobel(nn.Module):
+    """Images [N, 3, H, W] -> [N, 2, H, W]: the grey image's slopes to the right and downwards, by fixed kernels.
+
+    DeepCluster's input: without colour clusters are not of colour (Caron et al., ECCV 2018, section 3.3, and its code).
+    Grey is the mean of the channels. Nothing of it is trained or in a state_dict.
+    """
+
+    kernels: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        right = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("kernels", torch.stack([right, right.T])[:, None], persistent=False)  # [2, 1, 3, 3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
 
 
 class Timm(Backbone):
@@ -159,7 +186,7 @@ class Timm(Backbone):
         return self.net(x)
 
 
-def _build_resnet(name: str, stem: str, options: dict[str, Any]) -> Backbone:
+def _build_resnet(name: str, stem: str, sobel: bool, options: dict[str, Any]) -> Backbone:
     known = ("width", "zero_init_residual")
     unknown = [option for option in options if option not in known]
     if unknown:
@@ -170,22 +197,31 @@ def _build_resnet(name: str, stem: str, options: dict[str, Any]) -> Backbone:
     if not isinstance(width, int) or width < 1:
         raise ConfigError(f"model.options.width={width!r}: a whole number of at least 1 is right")
     block, blocks, width_per_group = _RESNETS[name]
-    net = ResNet(block, blocks, width_per_group, stem, **options)
-    return Convolutional(net, net.num_features)
+    net = ResNet(block, blocks, width_per_group, stem, in_channels=2 if sobel else 3, **options)
+    return Convolutional(net, net.num_features, _front(sobel))
 
 
-def _build_plain(name: str) -> Backbone:
+def _front(sobel: bool) -> nn.Module:
+    return Sobel() if sobel else nn.Identity()
+
+
+def _build_plain(name: str, sobel: bool) -> Backbone:
     from torchvision.models import alexnet, vgg
 
     if name == "alexnet":
-        return Convolutional(nn.Sequential(OrderedDict(features=alexnet(weights=None).features)), 256)
+        net = alexnet(weights=None).features
+        if sobel:
+            net[0] = nn.Conv2d(2, 64, kernel_size=11, stride=4, padding=2)
+        return Convolutional(nn.Sequential(OrderedDict(features=net)), 256, _front(sobel))
     # torchvision's constructor would fill the classifier's 120 million weights first: seconds, to throw them away.
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=name == "vgg16_bn")
+    if sobel:
+        features[0] = nn.Conv2d(2, 64, kernel_size=3, padding=1)
     for module in features.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
-    return Convolutional(nn.Sequential(OrderedDict(features=features)), 512)
+    return Convolutional(nn.Sequential(OrderedDict(features=features)), 512, _front(sobel))
 
 
 def _require_timm(name: str) -> None:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from scipy import ndimage
 from torch import nn
 
 from distssl.errors import ConfigError
@@ -128,3 +130,33 @@ def test_importing_the_package_imports_neither_timm_nor_torchvision():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "conv"),
+    [("resnet18", "conv1"), ("alexnet", "features.0"), ("vgg16", "features.0"), ("vgg16_bn", "features.0")],
+)
+def test_a_sobel_filter_stands_before_the_network_and_changes_no_name(name: str, conv: str) -> None:
+    plain, edges = backbones.build(name), backbones.build(name, sobel=True)
+    assert plain.state_dict().keys() == edges.state_dict().keys()
+    assert edges.state_dict()[f"net.{conv}.weight"].shape[1] == 2
+    assert edges(images(64)).shape == plain(images(64)).shape
+    different = [key for key, value in plain.state_dict().items() if value.shape != edges.state_dict()[key].shape]
+    assert different == [f"net.{conv}.weight"]
+
+
+def test_the_sobel_filter_is_scipys() -> None:
+    x = images(20).double()
+    ours = backbones.Sobel().double()(x)
+    grey = x.numpy().mean(1)
+    for image, edges in zip(grey, ours.numpy(), strict=True):
+        for axis, edge in zip((1, 0), edges, strict=True):
+            # scipy convolves, which turns the kernel; torch correlates, with zeros beyond the border.
+            np.testing.assert_allclose(edge, -ndimage.sobel(image, axis, mode="constant"), atol=1e-12)
+
+
+def test_a_sobel_filter_before_timms_networks_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.sobel=true needs one of resnet8, .*vgg16_bn; convnext_atto is timm's"
+    ):
+        backbones.build("convnext_atto", sobel=True)
