@@ -17,6 +17,7 @@ from distssl import methods
 from distssl.config import Run
 from distssl.errors import ConfigError
 from distssl.nn import backbones, optim
+from distssl.nn.per_sample import Embedded
 
 
 class Options(BaseModel):
@@ -35,6 +36,8 @@ class Method(nn.Module, ABC):
 
     Config: ClassVar[type[Options]] = Options
     learns_from_labels: ClassVar[bool] = False  # then views named "labelled.NAME" come from `labelled_views`
+    embeds: ClassVar[bool] = False  # then `on_epoch_start` gets what `embed` makes of the whole dataset
+    balances_clusters: ClassVar[bool] = False  # then an epoch draws as many samples of each of `clusters`
 
     epoch = 0  # of the step being taken, from 0
     num_steps = 0  # optimiser steps done
@@ -75,8 +78,33 @@ class Method(nn.Module, ABC):
     def forward(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.loss(views)
 
-    def on_epoch_start(self, epoch: int) -> None:
-        """Before an epoch's first step."""
+    def on_epoch_start(self, epoch: int, features: Embedded | None = None) -> dict[str, float]:
+        """Before an epoch's first step; what is returned is logged, as if of that step.
+
+        features: of every sample, each rank its share, where `wants_features` says so. Every rank must return the same.
+        """
+        return {}
+
+    def wants_features(self, epoch: int) -> bool:
+        """Whether the dataset is embedded before this epoch."""
+        return self.embeds
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Evaluation crops [N, 3, H, W] -> [N, D], for `on_epoch_start`; in evaluation mode, without gradient."""
+        return self.backbone(images)
+
+    def clusters(self) -> torch.Tensor | None:
+        """The cluster of each sample for this epoch, int64 [num_samples], -1 for none: for sampling and the monitor."""
+        return None
+
+    @property
+    def num_clusters(self) -> int:
+        """K of `clusters`."""
+        raise NotImplementedError
+
+    def made_anew(self) -> list[nn.Parameter]:
+        """What `on_epoch_start` has initialised again: the optimiser forgets its momentum."""
+        return []
 
     def on_step_end(self, progress: float) -> None:
         """After each optimiser step; progress is the share of the run's steps done, in (0, 1]."""

@@ -71,7 +71,7 @@ class Monitor:
     def text(self, name: str, text: str, step: int = 0) -> None:
         self._writer.add_text(name, f"```\n{text}\n```", step)
 
-    def pictures(self, views: list[torch.Tensor], step: int) -> None:
+    def pictures(self, views: list[torch.Tensor], step: int, name: str = "views") -> None:
         """A row a sample, a column a view; smaller views are padded. views: [N, 3, H, W] each, normalised."""
         from torchvision.utils import make_grid
 
@@ -86,7 +86,7 @@ class Monitor:
             for view in views
         ]
         rows = [image for sample in zip(*shown, strict=True) for image in sample]
-        self._writer.add_image("views", make_grid(rows, nrow=len(views), pad_value=1), step)
+        self._writer.add_image(name, make_grid(rows, nrow=len(views), pad_value=1), step)
 
     def ledger(self, step: int, epoch: int, ids: list[int]) -> None:
         """The sample ids an optimiser step was made of."""

@@ -10,13 +10,14 @@ import numpy as np
 
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import draws
+from distssl.data import balanced_order, draws
 from distssl.data.loader import Request
 from distssl.data.order import Order
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 
 LABELLED = 0x1ABE1  # keeps the labelled stream's draws apart from the other's
+COPY_BITS = 32  # above an epoch's number: keeps the draws of a sample's copies in one epoch apart
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,25 @@ class Plan:
             for batch in range(within * self.accumulate, (within + 1) * self.accumulate):
                 ids = self.order.rank_batch(epoch, batch, rank=rank, world_size=world_size)
                 yield Request(ids, epoch, functools.partial(self._replacement, epoch, batch, first_slot))
+
+    def balanced_requests(self, start: int, clusters: np.ndarray, context: Context) -> Iterator[Request]:
+        """As `requests`, to the end of the epoch of step `start`, with as many samples of each cluster.
+
+        clusters: int64 [num_samples], -1 for a sample to leave out. A sample drawn again has other draws.
+        """
+        rank, world_size = context.rank, context.world_size
+        first_slot = rank * (self.order.global_batch // world_size)
+        epoch, within = divmod(start, self.steps_per_epoch)
+        ids = balanced_order.choose(clusters, seed=self.order.seed, epoch=epoch)
+        epochs = epoch + (balanced_order.copies(ids) << COPY_BITS)
+        order = self.order.among(ids)
+
+        def replacement(batch: int, index: int, attempt: int) -> int:
+            return int(ids[order.replacement(epoch, batch, first_slot + index, attempt)])
+
+        for batch in range(within * self.accumulate, self.steps_per_epoch * self.accumulate):
+            at = order.rank_batch(epoch, batch, rank=rank, world_size=world_size)
+            yield Request(ids[at], epochs[at], functools.partial(replacement, batch))
 
     def _replacement(self, epoch: int, batch: int, first_slot: int, index: int, attempt: int) -> int:
         return self.order.replacement(epoch, batch, first_slot + index, attempt)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from distssl import plan
@@ -20,14 +21,46 @@ from distssl.plan import Plan
 Batches = Iterator[dict[str, Tensor]]
 
 
+def of_run(
+    run: Run,
+    method: Method,
+    data: Dataset,
+    labelled: Dataset | None,
+    planned: Plan,
+    step: int,
+    context: Context,
+    bad: Quarantine,
+) -> Batches:
+    """All the views of a rank from an optimiser step on, `accumulate` batches a step."""
+    ours = of_images(run, method, data, planned, step, context, bad)
+    return ours if labelled is None else beside(ours, of_labels(run, method, labelled, planned, step, context))
+
+
 def of_images(
     run: Run, method: Method, dataset: Dataset, planned: Plan, step: int, context: Context, bad: Quarantine
 ) -> Batches:
     """The method's views from an optimiser step on, `accumulate` batches a step."""
     views = functools.partial(type(method).views, method.cfg)
     size = run.data.global_batch // context.world_size
-    masks = method.reads_masks(method.cfg)
-    return _loaded(run, dataset, views, planned.requests(step, context), size, context, bad, masks=masks)
+    load = functools.partial(_loaded, run, dataset, views, masks=method.reads_masks(method.cfg))
+    if not method.balances_clusters:
+        return load(planned.requests(step, context), size, context, bad)
+    return _epoch_by_epoch(
+        lambda at: load(planned.balanced_requests(at, _clusters(method), context), size, context, bad), planned, step
+    )
+
+
+def _epoch_by_epoch(rest_of_epoch: Callable[[int], Batches], planned: Plan, step: int) -> Batches:
+    """Batches from a step on, each epoch's asked for when its first is due: before that it has no clusters."""
+    while step < planned.total_steps:
+        yield from rest_of_epoch(step)
+        step = (planned.epoch(step) + 1) * planned.steps_per_epoch
+
+
+def _clusters(method: Method) -> np.ndarray:
+    clusters = method.clusters()
+    assert clusters is not None
+    return clusters.cpu().numpy()
 
 
 def of_labels(run: Run, method: Method, dataset: Dataset, planned: Plan, step: int, context: Context) -> Batches:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from distssl import checkpoint, collectives, config, method, monitor, plan, streams, window
+from distssl import checkpoint, collectives, config, epoch_start, method, monitor, plan, streams, window
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import quarantine
@@ -65,6 +65,7 @@ class Training:
         )
         self.step = 0  # optimiser steps done
         self.metrics: dict[str, float] = {}  # the latest of each
+        self.news: dict[str, float] = {}  # of the epoch's start; logged after its first step
         self._resume(checkpoint.newest(context.run_dir))
         self.model: torch.nn.Module = self.method
         if context.world_size > 1:
@@ -97,23 +98,24 @@ class Training:
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's views from the next step on, `accumulate` batches a step."""
-        ours = streams.of_images(
-            self.cfg, self.method, self.dataset, self.plan, self.step, self.context, self.quarantine
-        )
-        if self.labelled is None:
-            return ours
-        return streams.beside(
-            ours, streams.of_labels(self.cfg, self.method, self.labelled, self.plan, self.step, self.context)
-        )
+        data, of_rank = (self.dataset, self.labelled), (self.context, self.quarantine)
+        return streams.of_run(self.cfg, self.method, *data, self.plan, self.step, *of_rank)
+
+    def start_epoch(self) -> None:
+        """What comes before an epoch's first step and its batches; `take_step` calls it. Every rank does."""
+        self.method.epoch = self.plan.epoch(self.step)
+        place = self.dataset, self.context, self.quarantine, self.monitor
+        with self.window.paused():
+            self.news = epoch_start.run(self.cfg, self.method, self.optimizer, self.step, *place)
 
     def take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """One optimiser step: `accumulate` batches forward and backward, then the update."""
         cfg = self.cfg.train
-        self.model.train()
         self.method.epoch, self.method.num_steps = self.plan.epoch(self.step), self.step
         self.method.progress = self.step / self.plan.total_steps
         if self.step % self.plan.steps_per_epoch == 0:
-            self.method.on_epoch_start(self.method.epoch)
+            self.start_epoch()
+        self.model.train()
         self.metrics["lr"] = optim.learning_rate(
             self.step,
             base=cfg.lr,
@@ -157,7 +159,7 @@ class Training:
         last = self.step == self.plan.total_steps
         due = self.cfg.eval.every and self.step % (self.cfg.eval.every * self.plan.steps_per_epoch) == 0
         stop = False
-        if self.step % self.cfg.train.log_every == 0 or last:
+        if self.step % self.cfg.train.log_every == 0 or last or self.news:
             stop = self._log() and not last
         if self.probe and (due or last):
             with self.window.paused():
@@ -185,8 +187,10 @@ class Training:
         if embeddings is not None:
             za, zb = (collectives.gather_no_grad(z.float()) for z in embeddings[:2])  # [B, D] each
             figures |= {name: value.item() for name, value in diagnostics.of_embeddings(za, zb).items()}
+        news, self.news = self.news, {}
         self._record(
             figures
+            | news
             | {
                 "lr": self.metrics["lr"],
                 "epoch": self.step / self.plan.steps_per_epoch,
@@ -215,7 +219,7 @@ class Training:
             if self.monitor:
                 self.monitor.quarantine(entries)
         num_samples = self.dataset.num_samples
-        num_seen = min(self.step * self.plan.images_per_step, num_samples)
+        num_seen = num_samples if self.method.embeds else min(self.step * self.plan.images_per_step, num_samples)
         quarantine.check_share(len(self.quarantine), num_seen, num_samples, self.cfg.data.max_bad_fraction)
 
     def _checkpoint(self) -> None:

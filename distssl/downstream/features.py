@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from distssl.data.quarantine import Quarantine
 from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.nn import precision
+
+Embed = Callable[[torch.Tensor], torch.Tensor]  # images [n, 3, S, S] -> [n, D]
 
 BATCH_SIZE = 256
 SPLIT_SEED = 0x5EED  # of the fifth of the labels kept for the test, the same for every run
@@ -62,25 +64,11 @@ def extract(
     Samples that cannot be decoded are named in the log and left out.
     """
     backbone.to(context.device, precision.parameter_dtype(how.dtype)).eval()
-    loader = Loader(
-        dataset,
-        functools.partial(_views, how),
-        seed=0,
-        batch_size=BATCH_SIZE,
-        threads=how.threads,
-        device=context.device,
-        max_pixels=how.max_pixels,
-        quarantine=Quarantine(),
-    )
-    mine = np.array_split(ids, context.world_size)[context.rank]
     done_ids, done_labels, done_x = [np.empty(0, np.int64)], [np.empty(0, np.int64)], []
-    with torch.inference_mode():
-        for batch in loader.batches(_requests(mine)):
-            with precision.autocast(how.dtype, context.device):
-                x = backbone(batch["image"].to(precision.parameter_dtype(how.dtype)))
-            done_ids.append(batch["id"].cpu().numpy())
-            done_labels.append(batch["label"].cpu().numpy())
-            done_x.append(x.float().cpu().numpy())
+    for batch, x in share(backbone, dataset, ids, how, context, Quarantine()):
+        done_ids.append(batch["id"].cpu().numpy())
+        done_labels.append(batch["label"].cpu().numpy())
+        done_x.append(x.float().cpu().numpy())
     parts = collectives.gather_objects((np.concatenate(done_ids), done_x, np.concatenate(done_labels)))
     return Features(
         np.concatenate([part[0] for part in parts]),
@@ -89,11 +77,48 @@ def extract(
     )
 
 
+def share(
+    embed: Embed, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, bad: Quarantine
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """This rank's share of ids (int64 [N], ascending), batch by batch: "id" and "label" int64 [n], features [n, D].
+
+    Batches are the same at every number of ranks, so features are too. Samples that cannot be decoded go into `bad`.
+    """
+    num_batches = -(-len(ids) // BATCH_SIZE)
+    first, last = (num_batches * rank // context.world_size for rank in (context.rank, context.rank + 1))
+    mine = ids[first * BATCH_SIZE : last * BATCH_SIZE]
+    for batch in _images(dataset, mine, how, context, bad):
+        with torch.no_grad(), precision.autocast(how.dtype, context.device):
+            x = embed(batch["image"].to(precision.parameter_dtype(how.dtype)))
+        yield batch, x
+
+
+def crops(dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context) -> dict[int, torch.Tensor]:
+    """The evaluation crops of a few samples by id, [3, S, S] each, normalised; without those that cannot be decoded."""
+    found = {}
+    for batch in _images(dataset, ids, how, context, Quarantine()):
+        found |= dict(zip(batch["id"].tolist(), batch["image"].cpu(), strict=True))
+    return found
+
+
+def _images(
+    dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, bad: Quarantine
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Evaluation crops of ids in batches of BATCH_SIZE."""
+    loader = Loader(
+        dataset,
+        functools.partial(_views, how),
+        seed=0,
+        batch_size=BATCH_SIZE,
+        threads=how.threads,
+        device=context.device,
+        max_pixels=how.max_pixels,
+        quarantine=bad,
+    )
+    starts = range(0, len(ids), BATCH_SIZE)
+    yield from loader.batches(Request(ids[start : start + BATCH_SIZE]) for start in starts)
+
+
 def _views(how: Extraction, sample: Sample) -> dict[str, Any]:
     image = augment.centre_crop(sample, how.size_px, round(how.size_px / how.crop))
     return {"image": augment.normalise(image)}
-
-
-def _requests(ids: np.ndarray) -> Iterator[Request]:
-    for start in range(0, len(ids), BATCH_SIZE):
-        yield Request(ids[start : start + BATCH_SIZE])

@@ -20,6 +20,7 @@ from torch import nn
 
 from distssl import method
 from distssl.nn import optim
+from distssl.nn.per_sample import Embedded
 
 SHARED = ("id", "label")  # views that every part gets
 
@@ -48,8 +49,10 @@ class Config(method.Options):
             weight = options.get("weight", 1.0)
             if not isinstance(weight, (int, float)) or weight <= 0:
                 raise ValueError(f"parts.{name}.weight={weight!r}: a number above 0 is right")
-            if method.find(name).learns_from_labels or name == "combined":
-                raise ValueError(f"parts.{name} learns from labels: it cannot be a part")
+            found = method.find(name)
+            if found.learns_from_labels or found.embeds or name == "combined":
+                wants = "learns from labels" if found.learns_from_labels else "clusters the whole dataset"
+                raise ValueError(f"parts.{name} {wants if name != 'combined' else 'has parts'}: it cannot be a part")
             own = {key: value for key, value in options.items() if key != "weight"}
             complete[name] = {"weight": weight, **method.options(name).model_validate(own).model_dump(mode="json")}
         return complete
@@ -92,9 +95,10 @@ class Combined(method.Method):
                 outputs.setdefault("embeddings", of_part["embeddings"])
         return outputs | {"loss": torch.stack(total).sum()}
 
-    def on_epoch_start(self, epoch: int) -> None:
-        for _, part in self._methods():
-            part.on_epoch_start(epoch)
+    def on_epoch_start(self, epoch: int, features: Embedded | None = None) -> dict[str, float]:
+        del features
+        figures = [(name, part.on_epoch_start(epoch)) for name, part in self._methods()]
+        return {f"{name}/{key}": value for name, found in figures for key, value in found.items()}
 
     def on_step_end(self, progress: float) -> None:
         for _, part in self._methods():

@@ -54,10 +54,11 @@ class Whitening(nn.Module):
         return self._decompose(mean, covariance, rounding)
 
     def _decompose(self, mean: Tensor, covariance: Tensor, rounding: float) -> int:
-        # Of rank 0, should ranks' machines round differently.
-        values, vectors = collectives.broadcast_object(torch.linalg.eigh(covariance))
         num = self.components.shape[1]
-        values, vectors = values.flip(0)[:num].to(mean), vectors.flip(1)[:, :num].to(mean)  # the largest first
+        values, vectors = torch.linalg.eigh(covariance)  # ascending
+        largest_first = values.flip(0)[:num].cpu(), vectors.flip(1)[:, :num].contiguous().cpu()
+        # Of rank 0, should ranks' machines round differently.
+        values, vectors = (part.to(mean) for part in collectives.broadcast_object(largest_first))
         nothing = max(rounding, float(values[0]) * len(mean) * torch.finfo(torch.float64).eps)
         kept = values > nothing
         if not kept.any():

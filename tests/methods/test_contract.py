@@ -70,6 +70,7 @@ def test_the_loss_reads_every_view_and_moves_every_parameter(name: str, packed: 
     run = runs.tiny(packed, tmp_path, f"method.name={name}")
     with Context(run.run_dir) as context:
         training = training_of(run, context)
+        training.start_epoch()
         views = Watched(next(training.batches()))
         outputs = training.method.train()(views)
         training.close()
@@ -113,6 +114,7 @@ def test_the_picture_is_of_images_as_the_network_sees_them(name: str, packed: Pa
     run = runs.tiny(packed, tmp_path, f"method.name={name}")
     with Context(run.run_dir) as context:
         training = training_of(run, context)
+        training.start_epoch()
         views = {key: view[:2] for key, view in next(training.batches()).items()}
         training.close()
     with torch.no_grad():
