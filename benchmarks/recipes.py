@@ -47,6 +47,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "augment": ASYMMETRIC | {"crop_area": [0.4, 1.0]},
         **MULTI_CROP,
     },
+    "deepcluster": {
+        "clusters": 500,
+        "hidden": [512],
+        "components": 128,
+        "augment": {"size_px": SIZE_PX, "crop_area": CROP_AREA},
+    },
+    "deepcluster_v2": {"projector": [512, 128], "clusters": [300, 300, 300], "augment": VIEWS, **MULTI_CROP},
     "rotation": {"augment": CROP},
     "jigsaw": {
         "permutations": 100,
