@@ -69,6 +69,9 @@ class Train(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     warmup_epochs: float = Field(default=10, ge=0)
     accumulate: PositiveInt = Field(default=1, description="global batches an optimiser step")
+    micro_batch: PositiveInt | None = Field(
+        default=None, description="images of the global batch in the backbone at a time, to save memory; null: all"
+    )
     clip_norm: float | None = Field(default=None, gt=0)
     precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
     log_every: PositiveInt = Field(default=10, description="optimiser steps")

@@ -17,6 +17,7 @@ from distssl import methods
 from distssl.config import Run
 from distssl.errors import ConfigError
 from distssl.nn import backbones, optim
+from distssl.nn.micro_batches import MicroBatches
 from distssl.nn.per_sample import Embedded
 
 
@@ -77,6 +78,12 @@ class Method(nn.Module, ABC):
 
     def forward(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.loss(views)
+
+    def take_parts(self, parts: MicroBatches) -> None:
+        """Let the backbone, and a teacher's, see the batch part by part."""
+        for module in self.modules():
+            if isinstance(module, backbones.Backbone):
+                module.micro_batches = parts
 
     def on_epoch_start(self, epoch: int, features: Embedded | None = None) -> dict[str, float]:
         """Before an epoch's first step; what is returned is logged, as if of that step.

@@ -12,9 +12,10 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.data import balanced_order, draws
 from distssl.data.loader import Request
-from distssl.data.order import Order
+from distssl.data.order import Order, nearest
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
+from distssl.nn.micro_batches import MicroBatches
 
 LABELLED = 0x1ABE1  # keeps the labelled stream's draws apart from the other's
 COPY_BITS = 32  # above an epoch's number: keeps the draws of a sample's copies in one epoch apart
@@ -135,4 +136,17 @@ def of_run(run: Run, dataset: Dataset, world_size: int) -> Plan:
         raise ConfigError(
             f"train.accumulate={run.train.accumulate} is more than the {order.steps_per_epoch} batches of an epoch"
         )
+    if run.train.micro_batch:
+        micro_batches(order, run.train.micro_batch)
     return plan
+
+
+def micro_batches(order: Order, size: int) -> MicroBatches:
+    """The parts of `size` images that a global batch falls into. Raises ConfigError where it cannot."""
+    fits = [order.lanes * rows for rows in range(1, order.per_lane + 1) if order.per_lane % rows == 0]
+    if size not in fits:
+        raise ConfigError(
+            f"train.micro_batch={size}: a multiple of data.lanes={order.lanes} that divides "
+            f"data.global_batch={order.global_batch} is right; nearest: {nearest(size, fits)}"
+        )
+    return MicroBatches(order.per_lane, order.global_batch // size)

@@ -14,6 +14,7 @@ from distssl.data import shards
 from distssl.data.order import Order
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
+from distssl.nn.micro_batches import MicroBatches
 from distssl.plan import Plan
 from tests import planted, runs
 
@@ -85,3 +86,11 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         of("data.global_batch=64")
     with pytest.raises(ConfigError, match=r"train\.accumulate=3 is more than the 2 batches of an epoch"):
         of("train.accumulate=3")
+
+
+def test_micro_batches_are_parts_of_every_lane() -> None:
+    order = Order(np.arange(0, 201, 20), seed=0, global_batch=24, lanes=4, shuffle_window=10)
+    assert plan.micro_batches(order, 8) == MicroBatches(lane_rows=6, num=3)
+    for size, nearest in ((9, "8 or 12"), (16, "12 or 24"), (48, "24")):
+        with pytest.raises(ConfigError, match=f"train.micro_batch={size}: .*data.lanes=4 .*nearest: {nearest}$"):
+            plan.micro_batches(order, size)

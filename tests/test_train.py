@@ -69,6 +69,7 @@ SETTINGS = {
     "adamw": (["train.precision=float64", "train.optimizer=adamw", "train.lr=0.001"], 1e-6, 1e-6),
     "lars": (["train.precision=float64", "train.optimizer=lars", "train.lr=0.3"], 1e-6, 1e-6),
     "accumulate": (["train.precision=float64", "train.accumulate=2", "train.epochs=7"], 1e-6, 1e-6),
+    "micro_batch": (["train.precision=float64", "data.lanes=4", "train.micro_batch=8"], 1e-6, 1e-6),
     "clip": (["train.precision=float64", "train.clip_norm=0.5"], 1e-6, 1e-6),
 }
 

@@ -52,10 +52,10 @@ class Grey(backbones.Backbone):
     def __init__(self, backbone: backbones.Backbone) -> None:
         super().__init__(backbone, backbone.num_features)
 
-    def feature_map(self, x: Tensor) -> Tensor:
+    def _feature_map(self, x: Tensor) -> Tensor:
         return self._backbone().feature_map(grey(x))
 
-    def features(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         return self._backbone().features(grey(x))
 
     def _backbone(self) -> backbones.Backbone:

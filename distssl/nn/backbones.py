@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distssl.errors import ConfigError
+from distssl.nn.micro_batches import MicroBatches
 
 STEMS = ("7x7_s2_pool", "3x3_s2", "3x3_s1")
 
@@ -38,17 +40,29 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.net = net
         self.num_features = num_features
+        self.micro_batches: MicroBatches | None = None  # in training; None: the whole batch at once
 
-    @abstractmethod
     def feature_map(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> [N, C, h, w], the last layer that has places; some of timm's have C != D."""
+        return self._in_parts(self._feature_map, x)
 
-    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> [N, D] with D = num_features."""
+        return self._in_parts(self._features, x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x)
+
+    @abstractmethod
+    def _feature_map(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _features(self, x: Tensor) -> Tensor: ...
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.micro_batches is None or not self.training:
+            return function(x)
+        return self.micro_batches.run(self, function, x)
 
 
 def build(name: str, stem: str = "7x7_s2_pool", sobel: bool = False, **options: Any) -> Backbone:
@@ -146,11 +160,11 @@ class Convolutional(Backbone):
         super().__init__(net, num_features)
         self.front = front
 
-    def feature_map(self, x: Tensor) -> Tensor:
+    def _feature_map(self, x: Tensor) -> Tensor:
         return self.net(self.front(x))
 
-    def features(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.feature_map(x), 1).flatten(1)  # [N, D]
+    def _features(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self._feature_map(x), 1).flatten(1)  # [N, D]
 
 
 class Sobel(nn.Module):
@@ -174,7 +188,7 @@ class Sobel(nn.Module):
 class Timm(Backbone):
     """A network of timm without its classifier; a transformer's feature map is its patch tokens in their places."""
 
-    def feature_map(self, x: Tensor) -> Tensor:
+    def _feature_map(self, x: Tensor) -> Tensor:
         y = self.net.forward_features(x)  # pyright: ignore[reportCallIssue]
         if y.dim() == 4:
             return y.permute(0, 3, 1, 2) if getattr(self.net, "output_fmt", "NCHW") == "NHWC" else y
@@ -182,7 +196,7 @@ class Timm(Backbone):
         height = round((patches.shape[1] * x.shape[2] / x.shape[3]) ** 0.5)  # patches are square
         return patches.transpose(1, 2).unflatten(2, (height, -1))  # [N, C, h, w]
 
-    def features(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
