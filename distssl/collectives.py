@@ -113,6 +113,23 @@ def gather_no_grad(x: Tensor) -> Tensor:
     return _gathered(x) if world_size() > 1 else x
 
 
+def rotate(x: Tensor, rows: int | None = None) -> Tensor:
+    """What the rank before this one passed, while `x` [N, ...] goes to the rank after it; the last one's is the first.
+
+    After W - 1 times every rank has seen every other's. Not differentiable. `rows`: the first dimension of what comes,
+    where it is not N; it may differ between ranks, the others may not.
+    """
+    if world_size() == 1:
+        return x.detach()
+    out = x.new_empty((x.shape[0] if rows is None else rows, *x.shape[1:]))
+    after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    send = dist.P2POp(dist.isend, x.detach().contiguous(), after)
+    receive = dist.P2POp(dist.irecv, out, before)
+    for work in dist.batch_isend_irecv([send, receive]):
+        work.wait()
+    return out
+
+
 def sum_(x: Tensor) -> Tensor:
     """Sum `x` over the ranks in place and return it; not differentiable. Metrics come as one float64 vector."""
     if world_size() > 1:

@@ -75,6 +75,27 @@ def test_gather_takes_bf16_that_is_not_contiguous(ranks):
     assert ranks(2).run(gather_transposed_bf16) == [True, True]
 
 
+def passed_on() -> list[Tensor]:
+    """Of every other rank, as many rows as its number and one."""
+    rank, size = collectives.rank(), collectives.world_size()
+    x = of_rank(rank)[:1].repeat(rank + 1, 1).requires_grad_()
+    found: list[Tensor] = []
+    for step in range(1, size):
+        x = collectives.rotate(x, (rank - step) % size + 1)
+        found.append(x)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rotate_passes_blocks_of_any_length_round_all_ranks(ranks, world_size):
+    for rank, found in enumerate(ranks(world_size).run(passed_on)):
+        assert len(found) == world_size - 1
+        for step, x in enumerate(found, start=1):
+            before = (rank - step) % world_size
+            assert torch.equal(x, of_rank(before)[:1].repeat(before + 1, 1))
+            assert not x.requires_grad
+
+
 def test_the_collectives_without_gradient_agree_on_every_rank(ranks):
     for total, requires_grad, ids, objects, text in ranks(2).run(constants):
         assert torch.equal(total, torch.tensor([2.0, 1.0, 2e-12], dtype=torch.float64))
@@ -93,6 +114,8 @@ def test_without_a_process_group_every_collective_is_the_identity(monkeypatch):
     assert collectives.all_reduce(x) is x
     assert torch.equal(collectives.gather_no_grad(x), x)
     assert not collectives.gather_no_grad(x).requires_grad
+    assert torch.equal(collectives.rotate(x), x)
+    assert not collectives.rotate(x).requires_grad
     assert collectives.sum_(x) is x
     assert collectives.gather_objects("a") == ["a"]
     assert collectives.broadcast_object("a") == "a"
