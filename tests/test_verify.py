@@ -57,7 +57,9 @@ def raw_all_reduce(patch: pytest.MonkeyPatch) -> None:
 
 
 def gather_without_gradient(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(collectives, "gather", collectives.gather_no_grad)
+    """NT-Xent gathers embeddings, and numbers: how much each weighs in the gradient of other ranks' anchors."""
+    gathered = collectives.gather_no_grad
+    patch.setattr(collectives, "gather_no_grad", lambda x: gathered(x) if x.ndim > 1 else 0 * gathered(x))
 
 
 def local_batch_norm(patch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from distssl import collectives, method
 from distssl.data import augment, images
 from distssl.data.augment import Crop
-from distssl.nn import decoders, lab, segments
+from distssl.nn import contrastive, decoders, lab, segments
 from distssl.nn.precision import full_precision
 from distssl.nn.queue import Queue
 
@@ -170,25 +170,29 @@ def neighbourhood_loss(
     """The sum of the loss over this rank's places that have a segment, and how many those are (float scalar).
 
     v: float [n, D], unit. own: int64 [n], the row of each place's own prototype, negative for none. prototypes: float
-    [M, D], unit. kinds: int64 [M], their classes.
+    [M, D], unit. kinds: int64 [M], their classes. The similarities, and which are near and far, are made tile by tile.
     """
     counted = own >= 0
     v, own = v[counted], own[counted]
-    mine = F.one_hot(own, len(prototypes)).bool()  # [n, M]
-    same = kinds[own][:, None] == kinds
-    others = same & ~mine
-    near = torch.where(others.any(1, keepdim=True), others, mine)
-    far = ~same & (kinds != NONE)
-    total = _negative_log_share(v, prototypes, concentration, near, near | far)
+    there = kinds != NONE
+    _, index, num_alike = kinds.unique(return_inverse=True, return_counts=True)
+    alone = num_alike[index[own]] == 1  # [n]: then the own prototype is near, else all others of its class
+    kind, number = index.float(), torch.arange(len(kinds), device=kinds.device).float()
+    of_place, left_out = kind[own], torch.where(alone, NONE, number[own])  # [n] each
+    kind, number = kind[there], number[there]
+
+    def near_and_far(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        same = contrastive.equal(of_place[rows], kind[columns])
+        return same - contrastive.equal(left_out[rows], number[columns]), 1 - same
+
+    total = _negative_log_share(v, prototypes[there], concentration, near_and_far)
     return total, counted.sum().to(total.dtype)
 
 
 @full_precision
-def _negative_log_share(v: Tensor, prototypes: Tensor, concentration: float, near: Tensor, counted: Tensor) -> Tensor:
-    """The sum over places of -log of the share that `near` has of the exp(concentration v . mu) of `counted`.
-
-    near, counted: bool [n, M].
-    """
-    e = concentration * v @ prototypes.T  # [n, M]
-    log_sums = [e.masked_fill(~chosen, -torch.inf).logsumexp(1) for chosen in (counted, near)]  # [n] each
-    return (log_sums[0] - log_sums[1]).sum()
+def _negative_log_share(
+    v: Tensor, prototypes: Tensor, concentration: float, near_and_far: contrastive.Weights
+) -> Tensor:
+    """The sum over places of -log of the share that near has in near and far of exp(concentration v . mu)."""
+    near, far = contrastive.exp_sums(v, prototypes, 1 / concentration, near_and_far)  # [n] each
+    return torch.log1p(far / near).sum().to(v.dtype)

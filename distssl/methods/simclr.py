@@ -35,6 +35,9 @@ class Config(method.Options):
     projector: tuple[PositiveInt, ...] = Field(
         default=(2048, 128), min_length=1, description="widths after the features"
     )
+    ring: bool = Field(
+        default=False, description="pass embeddings from rank to rank, never gather them: for huge batches"
+    )
     augment: Augment = Augment()
 
     small: ClassVar = {"projector": [32, 16], "augment": {"size_px": 32}}
@@ -55,4 +58,5 @@ class SimCLR(method.Method):
         h = self.backbone(torch.cat([views["a"], views["b"]]))  # [2N, features]
         z = self.projector(h)  # [2N, D]
         za, zb = z.chunk(2)  # [N, D] each
-        return {"loss": losses.nt_xent(za, zb, self.cfg.temperature), "embeddings": torch.stack([za, zb]).detach()}
+        loss = losses.nt_xent(za, zb, self.cfg.temperature, ring=self.cfg.ring)
+        return {"loss": loss, "embeddings": torch.stack([za, zb]).detach()}

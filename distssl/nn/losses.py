@@ -6,40 +6,31 @@ images, or a number of the whole batch that is the same on every rank. All compu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distssl import collectives
-from distssl.nn import moments
+from distssl.nn import contrastive, moments
 from distssl.nn.precision import full_precision
 
 
-@full_precision
-def nt_xent(za: Tensor, zb: Tensor, temperature: float = 0.1) -> Tensor:
+def nt_xent(
+    za: Tensor, zb: Tensor, temperature: float = 0.1, *, ring: bool = False, sizes: Sequence[int] | None = None
+) -> Tensor:
     """The normalised, temperature-scaled cross-entropy of SimCLR, eq. 1, averaged over this rank's 2N anchors.
 
     An anchor's positive is the other view of its image, its negatives are both views of every other image on every
-    rank: of the 2B embeddings only the anchor itself is left out.
+    rank: of the 2B embeddings only the anchor itself is left out. Memory grows with B, not its square, and with
+    `ring` with N; N may differ between ranks if `sizes` tells all of them: see contrastive.nt_xent.
 
     Chen, Kornblith, Norouzi and Hinton, A Simple Framework for Contrastive Learning of Visual Representations,
     ICML 2020, https://arxiv.org/abs/2002.05709. Deviation: the published code adds the means over the anchors of
     each view, twice this; the equation averages over all 2N.
     """
-    z = F.normalize(torch.cat([za, zb]), dim=1)  # [2N, D]
-    keys = collectives.gather(z)  # [2B, D], rank after rank
-    anchors = torch.arange(z.shape[0], device=z.device)
-    positives = anchors.roll(z.shape[0] // 2)
-    positive = (z * z[positives]).sum(1) / temperature  # [2N]
-
-    offset = collectives.rank() * z.shape[0]
-    similarity = (z / temperature) @ keys.T  # [2N, 2B]
-    similarity[anchors, offset + anchors] = -torch.inf
-    similarity[anchors, offset + positives] = -torch.inf
-    negatives = similarity.logsumexp(1)  # [2N]
-    # -log(e^p / (e^p + Z)) = log(1 + Z / e^p). The left form cancels to 0 once p is far above the negatives, as it
-    # is at temperatures of 0.02, and takes the gradient with it. torch's default threshold of 20 is f32's.
-    return F.softplus(negatives - positive, threshold=40).mean()
+    return contrastive.nt_xent(torch.stack([za, zb], dim=1), temperature, ring, sizes)
 
 
 @full_precision
@@ -52,8 +43,8 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
     https://arxiv.org/abs/1911.05722.
     """
     q, k, others = (F.normalize(x, dim=1) for x in (queries, keys, negatives))
-    positive = (q * k).sum(1) / temperature  # [N]
-    return F.softplus((q @ others.T / temperature).logsumexp(1) - positive, threshold=40).mean()
+    (far,) = contrastive.exp_sums(q, others, temperature)  # [N]
+    return _share(q, k, far, temperature)
 
 
 @full_precision
@@ -65,9 +56,18 @@ def in_batch(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers (MoCo v3), ICCV 2021,
     algorithm 1, https://arxiv.org/abs/2104.02057.
     """
-    similarity = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature  # [N, B]
-    own = collectives.rank() * len(queries) + torch.arange(len(queries), device=queries.device)
-    return F.cross_entropy(similarity, own)
+    q, k = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    first = collectives.rank() * len(q)
+    numbers = torch.arange(len(k), device=k.device, dtype=q.dtype)
+    own = numbers[first : first + len(q)]
+    (far,) = contrastive.exp_sums(q, k, temperature, lambda i, j: [contrastive.different(own[i], numbers[j])])  # [N]
+    return _share(q, k[first : first + len(q)], far, temperature)
+
+
+def _share(q: Tensor, k: Tensor, far: Tensor, temperature: float) -> Tensor:
+    """-log of the share of e^(q k / temperature) in itself and `far` [N], averaged. q, k: unit vectors [N, D]."""
+    near = ((q * k).sum(1).double() / temperature).exp()  # [N]
+    return torch.log1p(far / near).mean().to(q.dtype)
 
 
 def classification(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
