@@ -130,6 +130,34 @@ def test_a_run_killed_at_an_epochs_start_or_in_its_middle_goes_on_the_same_at_an
         assert len(logged(whole, key)) == (1 if key.endswith(("previous", "reassigned")) else 2)
 
 
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def test_a_run_killed_in_mid_clustering_clusters_again_the_same(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = (
+        runs.tiny(packed, tmp_path, *SETTINGS, "checkpoint.every=4", f"name={which}") for which in ("whole", "broken")
+    )
+    expected, clusters = train_here(whole)
+    fit, calls = kmeans.fit, []
+
+    def killed(*args, **options) -> kmeans.KMeans:
+        calls.append(args)
+        if len(calls) == 2:  # the second epoch's, two steps after a checkpoint
+            raise Killed
+        return fit(*args, **options)
+
+    monkeypatch.setattr(kmeans, "fit", killed)
+    with pytest.raises(Killed):
+        train_here(broken)
+    got, same = train_here(broken)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(same, clusters)
+    assert logged(broken, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-9)
+
+
 def test_an_epoch_draws_what_its_clusters_say(packed: Path, tmp_path: Path) -> None:
     run = runs.tiny(packed, tmp_path, *SETTINGS)
     _, clusters = train_here(run)
