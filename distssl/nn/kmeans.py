@@ -121,6 +121,8 @@ class _Lloyd:
 
     def run(self, iterations: int, progress: Callable[[int, int, float], None] | None) -> KMeans:
         sums, sizes, num_moved = self.assign()
+        if (sizes == 0).any():
+            self.check_distinct()
         objective = self.objective(sums, sizes)
         iteration = 0
         while iteration < iterations and (num_moved or self.can_split(sizes, objective)):
@@ -167,8 +169,6 @@ class _Lloyd:
         new = cluster_sums.means(sums, sizes, self.centroids, self.spherical)
         self.splits = {}
         if self.can_split(sizes, objective):
-            if iteration == 0:
-                self.check_distinct()
             spread = objective / self.found.num_all
             self.splits = cluster_sums.refill(new, sizes, spread, self.barren, self.seed, iteration)
             self.num_refilled += len(self.splits)
