@@ -14,6 +14,7 @@ ValueError. Losses are log1p(negatives / positive), not log(all) - log(positive)
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -105,21 +106,22 @@ class _Tiles:
 
     def __init__(self, like: Tensor, multiple: int = 1) -> None:
         side = TILE.get(like.device.type, TILE["cpu"])
-        self.side = max(multiple, side - side % multiple)
+        self.side, self.multiple = max(multiple, side - side % multiple), multiple
         self.buffers = [like.new_empty(0), like.new_empty(0)]
 
     def of(self, num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
         """All tiles, at least one, be it empty; fewer rows than a side make them as much wider."""
         height = max(1, min(self.side, num_rows))
-        width = self.side**2 // height
-        for i in range(0, max(1, num_rows), height):
-            for j in range(0, max(1, num_columns), width):
-                yield slice(i, min(i + height, num_rows)), slice(j, min(j + width, num_columns))
+        rows, columns = _parts(0, num_rows, height), _parts(0, num_columns, self.side**2 // height)
+        yield from itertools.product(rows or [slice(0, 0)], columns or [slice(0, 0)])
 
     def upper(self, num_rows: int) -> Iterator[tuple[slice, slice]]:
-        """The square ones on and above the diagonal."""
-        parts = [slice(i, min(i + self.side, num_rows)) for i in range(0, num_rows, self.side)]
-        return ((a, b) for i, a in enumerate(parts) for b in parts[i:])
+        """The square ones above the diagonal; of those on it the upper three quarters, as the lower half is waste."""
+        parts = _parts(0, num_rows, self.side)
+        for i, part in enumerate(parts):
+            half = (self.side // self.multiple + 1) // 2 * self.multiple
+            yield from itertools.combinations_with_replacement(_parts(part.start, part.stop, half), 2)
+            yield from itertools.product([part], parts[i + 1 :])
 
     def powers(self, x: Tensor, y: Tensor) -> Tensor:
         """2^(x y^T), valid until the next."""
@@ -220,6 +222,10 @@ class _Negatives(torch.autograd.Function):
                 powers = tiles.powers(z[a], block[b]).mul_(tiles.outer_sum(grad[a], of_block[b]))
                 dz[a].addmm_(powers, block[b])
         return dz, None, None, None
+
+
+def _parts(start: int, stop: int, length: int) -> list[slice]:
+    return [slice(i, min(i + length, stop)) for i in range(start, stop, length)]
 
 
 def _without_own_image(powers: Tensor, on_diagonal: bool, num_views: int) -> Tensor:
