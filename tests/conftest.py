@@ -27,6 +27,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# Before torch is there. Tests' tensors are so small that a second thread only waits for the first: on a machine that
+# does other work too, training tests took a hundred times as long with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 class RankError(AssertionError):
     """A function that ran in the ranks raised in one of them, or did not return in time."""
