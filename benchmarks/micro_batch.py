@@ -31,7 +31,7 @@ DEMO = {
 
 def measure(scratch: Path, batch: int, micro_batch: int | None, steps: int) -> tuple[float, float]:
     """Peak memory in MB, and images a second of the last step."""
-    name = f"{batch}_{micro_batch}"
+    name = f"batch{batch}_micro{micro_batch}"
     settings = {"name": name, "machine.storage": scratch, "machine.cache": scratch / "cache", "train.epochs": steps}
     settings |= {"data.global_batch": batch, "train.micro_batch": micro_batch or "null", **DEMO}
     command = [sys.executable, "launch.py", "pretrain", *(f"{key}={value}" for key, value in settings.items())]
