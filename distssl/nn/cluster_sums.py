@@ -69,33 +69,24 @@ def objective(centroids: Tensor, sums: Tensor, sizes: Tensor, sum_of_squares: fl
 
 
 def refill(
-    centroids: Tensor, sizes: Tensor, spread: float, barren: set[int], seed: int, iteration: int
-) -> dict[int, int]:
-    """Split the largest clusters into the empty ones, in place in float64 centroids [k, D].
+    centroids: Tensor, sizes: Tensor, spread: float, donors: Tensor, seed: int, iteration: int
+) -> list[tuple[int, int]]:
+    """Split large clusters into the empty ones, in place in float64 centroids [k, D]. Every rank does the same.
 
-    Each empty cluster in turn takes half of the one that is the largest by then, the lower of equal ones: both stand at
-    its centroid, apart by a little in a direction of random signs that is a function of (seed, iteration, cluster).
-    So every rank does the same. As in DeeperCluster (https://github.com/facebookresearch/DeeperCluster), whose donor
-    is a random cluster.
+    The first empty cluster takes half of the first donor, and so on, one half of each: both then stand at the donor's
+    centroid, apart by a little in a direction of random signs that is a function of (seed, iteration, cluster). As in
+    DeeperCluster (https://github.com/facebookresearch/DeeperCluster), whose donors are random clusters. A plane through
+    the mean has rows on both sides, unless the rows are all alike.
 
-    spread: the mean squared distance from the centroid; where it is 0 there is nothing to split. barren: clusters that
-    are not to be split. Returns the donor of each cluster that was refilled.
+    sizes: [k]. spread > 0: the mean squared distance of a row from its centroid. donors: int64, in their order.
+    Returns the pairs (refilled, donor).
     """
-    splits: dict[int, int] = {}
-    if spread <= 0:
-        return splits
-    left = sizes.clone()
-    left[list(barren)] = 0
     # A hundredth of a feature's deviation, as a power of two: ranks that sum in another order agree on it.
     step = 2.0 ** (math.floor(math.log2(spread / centroids.shape[1]) / 2) - 6)
-    for cluster in (sizes == 0).nonzero()[:, 0].tolist():
-        donor = int(left.argmax())
-        if left[donor] < 2:
-            break
+    pairs = list(zip((sizes == 0).nonzero()[:, 0].tolist(), donors.tolist(), strict=False))
+    for cluster, donor in pairs:
         bits = draws.hash64(seed, _SPLIT, iteration, cluster, np.arange(centroids.shape[1])) >> np.uint64(63)
         apart = torch.from_numpy(bits.astype(np.float64) * 2 - 1).to(centroids.device) * step
         centroids[cluster] = centroids[donor] + apart
         centroids[donor] -= apart
-        left[cluster] = left[donor] = left[donor] / 2
-        splits[cluster] = donor
-    return splits
+    return pairs
