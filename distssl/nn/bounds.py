@@ -21,7 +21,7 @@ from distssl.nn.assignment import GROUP, TILE, Nearest, Scorer
 BYTES = 256 * 2**20  # for the lower bounds of a rank's rows
 # Above this share of (row, group) pairs left, all groups of the row are scored at once: picking rows costs as much as
 # the product it saves.
-DENSE = 0.5
+DENSE = 0.35
 HOPELESS = 0.95  # and above this, with upper bounds as they are, they are not sharpened
 
 
