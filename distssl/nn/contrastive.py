@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -60,13 +59,12 @@ def nt_xent(z: Tensor, temperature: float, ring: bool = False, sizes: Sequence[i
             f"sizes={list(sizes)}: rank {collectives.rank()} of {collectives.world_size()} has {num_images}"
         )
     rows = [num_views * size for size in sizes]
-    scaled = _fitting(F.normalize(z, dim=2), temperature, sum(rows)) * math.sqrt(_BITS / temperature)  # [N, V, D]
-    negatives = _Negatives.apply(scaled.flatten(0, 1), num_views, rows, ring).double().view(num_images, num_views)
+    length = math.sqrt(_BITS / temperature)  # of embeddings whose product is the exponent of 2
+    negatives, exponents = _Terms.apply(_fitting(z, temperature, sum(rows)), length, rows, ring)
+    negatives, exponents = negatives.double(), exponents.double()  # [N, V], [pairs of views, N]
     total = negatives.new_zeros(())
-    for u in range(num_views):
-        for v in range(u):
-            positive = (scaled[:, u] * scaled[:, v]).sum(1).double().exp2()  # [N]
-            total = total + torch.log1p(negatives[:, [u, v]] / positive[:, None]).sum()
+    for pair, exponent in zip(_pairs(num_views), exponents, strict=True):
+        total = total + torch.log1p(negatives[:, pair] / exponent.exp2()[:, None]).sum()
     anchors_of_a_rank = sum(rows) / collectives.world_size()
     return (total / (anchors_of_a_rank * (num_views - 1))).to(z.dtype)
 
@@ -94,7 +92,7 @@ def different(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _fitting(x: Tensor, temperature: float, columns: int) -> Tensor:
-    """Unit vectors, in a dtype that sums of `columns` exponentials of their similarities fit into."""
+    """`x` in a dtype that sums of `columns` exponentials of its similarities fit into."""
     bits = _BITS / temperature + math.log2(max(1, columns))
     if bits > 500:  # the ratio of two sums in float64 has twice as many
         raise ValueError(f"temperature={temperature} is too small: {_BITS / 480:.3f} or more is right")
@@ -178,16 +176,21 @@ class _Sums(torch.autograd.Function):
         return dx, dy, None
 
 
-class _Negatives(torch.autograd.Function):
-    """z [R, D], `num_views` rows an image -> [R], the sums of 2^(z_i . z_j) over rows j of other images on all ranks.
+class _Terms(torch.autograd.Function):
+    """[N, V, D], brought to `length` as z -> the sums of 2^(z_i . z_j) over j of other images on all ranks, [N, V], and
+    z_i . z_p of an image's pairs of views, [pairs, N].
 
-    `rows`: R of every rank. The matrix is symmetric: of this rank's own block only the upper half is made. With another
-    rank's rows z_i has the same powers as an anchor and as their negative, there weighed by their sums' gradients. So
-    these are what ranks tell each other, a number a row; no gradient of size D travels.
+    `rows`: N V of every rank. The matrix is symmetric: of this rank's own block only the upper half is made. With
+    another rank's rows z_i has the same powers as an anchor and as their negative, there weighed by their sums'
+    gradients. So these are what ranks tell each other, a number a row; no gradient of size D travels.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, num_views: int, rows: Sequence[int], ring: bool) -> Tensor:
+    def forward(ctx: Any, raw: Tensor, length: float, rows: Sequence[int], ring: bool) -> tuple[Tensor, Tensor]:
+        num_views = raw.shape[1]
+        factors = length / raw.norm(dim=2, keepdim=True).clamp_min(1e-12)  # [N, V, 1]
+        views = raw * factors
+        z = views.flatten(0, 1)
         sums = z.new_zeros(len(z))
         tiles = _Tiles(z, num_views)
         for a, b in tiles.upper(len(z)):
@@ -198,20 +201,23 @@ class _Negatives(torch.autograd.Function):
         for block in _of_other_ranks(z, rows, ring):
             for a, b in tiles.of(len(z), len(block)):
                 sums[a] += tiles.powers(z[a], block[b]).sum(1)
-        ctx.save_for_backward(z)
-        ctx.of_ranks = num_views, rows, ring
-        return sums
+        ctx.save_for_backward(views, factors)
+        ctx.options = length, rows, ring
+        return sums.view(-1, num_views), torch.stack([(views[:, u] * views[:, v]).sum(1) for u, v in _pairs(num_views)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (z,) = ctx.saved_tensors
-        num_views, rows, ring = ctx.of_ranks
-        grad = grad * math.log(2)
-        dz = torch.zeros_like(z)
-        tiles = _Tiles(z, num_views)
+    def backward(ctx: Any, of_sums: Tensor, of_exponents: Tensor) -> tuple[Tensor, None, None, None]:
+        views, factors = ctx.saved_tensors
+        length, rows, ring = ctx.options
+        dviews = torch.zeros_like(views)
+        for (u, v), grad in zip(_pairs(views.shape[1]), of_exponents, strict=True):
+            dviews[:, u].addcmul_(grad[:, None], views[:, v])
+            dviews[:, v].addcmul_(grad[:, None], views[:, u])
+        z, dz, grad = views.flatten(0, 1), dviews.flatten(0, 1), of_sums.flatten() * math.log(2)
+        tiles = _Tiles(z, views.shape[1])
         for a, b in tiles.upper(len(z)):
-            powers = _without_own_image(tiles.powers(z[a], z[b]), a == b, num_views)
+            powers = _without_own_image(tiles.powers(z[a], z[b]), a == b, views.shape[1])
             powers.mul_(tiles.outer_sum(grad[a], grad[b]))
             dz[a].addmm_(powers, z[b])
             if a != b:
@@ -221,7 +227,12 @@ class _Negatives(torch.autograd.Function):
             for a, b in tiles.of(len(z), len(block)):
                 powers = tiles.powers(z[a], block[b]).mul_(tiles.outer_sum(grad[a], of_block[b]))
                 dz[a].addmm_(powers, block[b])
-        return dz, None, None, None
+        along = (dviews * views).sum(2, keepdim=True) / length**2  # what would change the length has no effect
+        return dviews.addcmul_(views, along, value=-1).mul_(factors), None, None, None
+
+
+def _pairs(num_views: int) -> list[list[int]]:
+    return [[u, v] for u, v in itertools.combinations(range(num_views), 2)]
 
 
 def _parts(start: int, stop: int, length: int) -> list[slice]:
