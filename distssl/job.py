@@ -38,6 +38,10 @@ def prepare(run: Run, world_size: int) -> Folders:
     built = method.build(run)
     if run.data.labelled and not built.learns_from_labels:
         raise ConfigError(f"data.labelled={run.data.labelled}: {run.method.name} learns from no labels; leave it out")
+    if run.train.micro_batch and built.learns_from_labels:
+        raise ConfigError(
+            f"train.micro_batch={run.train.micro_batch}: {run.method.name} mixes two streams; leave it out"
+        )
     ready = folders(run)
     plan.of_run(run, Dataset.open(ready.data), world_size)
     if ready.labelled:

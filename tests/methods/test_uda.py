@@ -142,6 +142,13 @@ def test_labels_for_a_method_that_learns_from_none_are_told(packed: Path, tmp_pa
         job.prepare(runs.tiny(packed, tmp_path, f"data.labelled={packed}", "eval.tasks=[]"), 1)
 
 
+def test_micro_batches_are_refused_for_two_streams(packed: Path, tmp_path: Path) -> None:
+    run = runs.tiny(packed, tmp_path, "method.name=uda", "method.num_classes=4", "data.lanes=4", "train.micro_batch=8")
+    with pytest.raises(ConfigError, match="uda mixes two streams"):
+        job.prepare(run, 1)
+    assert not run.run_dir.exists()
+
+
 def test_uda_runs_as_a_job_on_labels_of_their_own(packed: Path, tmp_path: Path) -> None:
     run = runs.tiny(packed, tmp_path, "method.name=uda", f"data.labelled={packed}", "train.epochs=1", "eval.tasks=[]")
     with Context(run.run_dir) as context:
