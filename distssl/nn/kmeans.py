@@ -92,12 +92,13 @@ def fit(
 
 def assign(x: Source, centroids: Tensor) -> Tensor:
     """The nearest of centroids [k, D] for each of this rank's rows [N, D]: int64 [N]. No collective."""
-    labels, scorer = [torch.empty(0, dtype=torch.int64, device=centroids.device)], None
+    labels, scorer = rows.Column(), None
     for block in Rows(x).blocks():
         if scorer is None:
             scorer = Scorer(centroids.detach().to(block))
-        labels += [scorer.nearest(part, torch.linalg.vecdot(part, part)).labels for part in block.split(AT_ONCE)]
-    return torch.cat(labels)
+        for part in block.split(AT_ONCE):
+            labels.extend(scorer.nearest(part, rows.squared_lengths(part)).labels)
+    return labels.all().long()
 
 
 class _Lloyd:

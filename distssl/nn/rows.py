@@ -48,7 +48,7 @@ class Rows:
         self.source = source
 
     def blocks(self) -> Iterator[Tensor]:
-        """Contiguous blocks [n, D], float32 or float64."""
+        """Contiguous blocks [n, D], float32 or float64, each valid until the next."""
         if isinstance(self.source, np.ndarray):
             parts: Iterable[Any] = _slices(self.source)
         else:
@@ -89,24 +89,56 @@ def survey(rows: Rows) -> Survey:
 
 def _read(rows: Rows) -> Survey:
     """The survey of this rank's rows alone."""
-    squares: list[Tensor] = []
-    num_rows, kind, largest, total = 0, None, 0.0, 0.0
+    squares, kind, largest, total = Column(), None, 0.0, 0.0
     for block in rows.blocks():
         kind = kind or (block.shape[1], block.dtype)
         if kind != (block.shape[1], block.dtype):
             raise ValueError(f"x has a block of {(block.shape[1], block.dtype)} after {kind} (features, type)")
         for part in block.split(ROWS_AT_ONCE):
-            squares.append(torch.linalg.vecdot(part, part))
-            bad = (~squares[-1].isfinite()).nonzero()
+            of_part = squared_lengths(part)
+            bad = (~of_part.isfinite()).nonzero()
             if len(bad):
-                raise ValueError(f"x[{num_rows + int(bad[0])}] is NaN or infinite, or its square is; finite is right")
+                raise ValueError(
+                    f"x[{len(squares) + int(bad[0])}] is NaN or infinite, or its square is; finite is right"
+                )
             if part.numel():
                 largest = max(largest, *(abs(float(end)) for end in part.aminmax()))
             # A float32 sum of many squares would be off by more than the objective may be.
             total += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-            num_rows += len(part)
-    every = torch.cat(squares) if squares else torch.empty(0)
-    return Survey(num_rows, every, 0, num_rows, kind[0] if kind else 0, largest, total)
+            squares.extend(of_part)
+    return Survey(len(squares), squares.all(), 0, len(squares), kind[0] if kind else 0, largest, total)
+
+
+class Column:
+    """Numbers that arrive bit by bit, in one piece of memory.
+
+    A list of many small tensors would keep the allocator from using again what large ones in between gave back:
+    a gigabyte for 5,000,000 rows.
+    """
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+        self.length = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def extend(self, more: Tensor) -> None:
+        end = self.length + len(more)
+        if self.values is None or end > len(self.values):
+            larger = more.new_empty(max(end, 2 * self.length))
+            larger[: self.length] = self.all()
+            self.values = larger
+        self.values[self.length : end] = more
+        self.length = end
+
+    def all(self) -> Tensor:
+        return torch.empty(0) if self.values is None else self.values[: self.length]
+
+
+def squared_lengths(x: Tensor) -> Tensor:
+    """[n, D] -> [n]. The norm reads x once and is 3 times as fast as the product with itself."""
+    return torch.linalg.vector_norm(x, dim=1).square_()
 
 
 def agree(check: Callable[[], T]) -> T:
@@ -138,11 +170,20 @@ def num_distinct(rows: Rows, at_most: int) -> int:
 
 
 def _slices(array: np.ndarray) -> Iterator[np.ndarray]:
-    """A few megabytes at a time. A file's pages that were read are dropped: they would count as memory in use."""
+    """A few megabytes at a time; what torch may not share is read into one buffer, again and again.
+
+    A file's pages that were read are dropped: they would count as memory in use.
+    """
     step = max(1, BLOCK_BYTES // max(1, array[:1].nbytes))
     pages = _pages(array)
+    shared = array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative and pages is None
+    buffer = None if shared else np.empty((min(step, len(array)), *array.shape[1:]), array.dtype.newbyteorder("="))
     for first in range(0, len(array), step):
-        yield array[first : first + step]
+        part = array[first : first + step]
+        if buffer is not None:
+            buffer[: len(part)] = part
+            part = buffer[: len(part)]
+        yield part
         if pages is not None:
             pages.madvise(mmap.MADV_DONTNEED)
 
