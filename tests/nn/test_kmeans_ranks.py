@@ -10,16 +10,13 @@ from torch import Tensor
 from distssl import collectives
 from distssl.nn import kmeans
 from distssl.nn.kmeans import KMeans
+from tests import blobs
 
 ROWS, DIM, CLUSTERS = 700, 12, 20
 
 
-def problem(rows: int = ROWS, dim: int = DIM, sources: int = 30, noise: float = 0.6, seed: int = 0) -> Tensor:
-    """Blobs that overlap, float32 [rows, dim], in an order: what one rank holds looks unlike what the next does."""
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.randn(sources, dim, generator=generator)
-    blob = torch.randint(sources, (rows,), generator=generator).sort().values
-    return means[blob] + noise * torch.randn(rows, dim, generator=generator)
+def problem() -> Tensor:
+    return blobs.overlapping(ROWS, DIM, sources=30)
 
 
 def shares(how: str, rank: int, world_size: int) -> Tensor:
