@@ -35,7 +35,7 @@ def run(
 ) -> dict[str, float]:
     """The method's `on_epoch_start` at optimiser step `step`, and what there is to log of it. Every rank calls it."""
     started = time.perf_counter()
-    how = extraction(cfg, method, context)
+    how = Extraction.of_run(cfg, context.device)
     features_ = _embedded(method, dataset, how, context, bad) if method.wants_features(method.epoch) else None
     before = _clusters(method)
     figures = method.on_epoch_start(method.epoch, features_)
@@ -50,17 +50,6 @@ def run(
         monitor.pictures(_montage(clusters, dataset, how, context), step + 1, "clusters")
     figures |= {f"clusters/{name}": value for name, value in of_clusters.items()}
     return figures | {"clusters/seconds": time.perf_counter() - started}
-
-
-def extraction(cfg: Run, method: Method, context: Context) -> Extraction:
-    """How evaluation sees an image."""
-    return Extraction(
-        size_px=cfg.eval.size_px or type(method).view_size_px(method.cfg),
-        crop=cfg.eval.crop,
-        threads=cfg.machine.threads,
-        max_pixels=cfg.data.max_pixels,
-        dtype=precision.resolve(cfg.train.precision, context.device),
-    )
 
 
 def _embedded(method: Method, dataset: Dataset, how: Extraction, context: Context, bad: Quarantine) -> Embedded:

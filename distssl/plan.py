@@ -28,6 +28,7 @@ class Plan:
     order: Order
     epochs: int
     accumulate: int
+    micro_batches: MicroBatches | None = None  # of the backbone; None: the whole batch at once
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,13 +132,13 @@ def of_run(run: Run, dataset: Dataset, world_size: int) -> Plan:
         shuffle_window=run.data.shuffle_window,
     )
     order.check_world_size(world_size)
-    plan = Plan(order, run.train.epochs, run.train.accumulate)
+    size = run.train.micro_batch
+    parts = micro_batches(order, size) if size else None
+    plan = Plan(order, run.train.epochs, run.train.accumulate, parts)
     if not plan.steps_per_epoch:
         raise ConfigError(
             f"train.accumulate={run.train.accumulate} is more than the {order.steps_per_epoch} batches of an epoch"
         )
-    if run.train.micro_batch:
-        micro_batches(order, run.train.micro_batch)
     return plan
 
 

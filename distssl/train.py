@@ -55,8 +55,8 @@ class Training:
         self.dtype = precision.resolve(run.train.precision, context.device)
         precision.speed_up_float32_matmul()
         self.method = _placed(method.build(run), context.device, self.dtype)
-        if run.train.micro_batch:
-            self.method.take_parts(plan.micro_batches(self.plan.order, run.train.micro_batch))
+        if self.plan.micro_batches:
+            self.method.take_parts(self.plan.micro_batches)
         self.optimizer = optim.build(
             self.method,
             rate=self.method.rate,

@@ -18,8 +18,6 @@ from distssl.data.shards import Dataset
 from distssl.downstream import classify, features
 from distssl.downstream.features import Features
 from distssl.errors import ConfigError
-from distssl.method import find
-from distssl.nn import precision
 
 SUMMARY = "summary.json"
 MOST_ONLINE = 5000  # training features of the kNN evaluation during pretraining, and a fifth of it for the test
@@ -80,14 +78,7 @@ class Evaluation:
         self.cfg: Eval = run.eval
         self.data = data
         self.context = context
-        chosen = find(run.method.name)
-        self.how = features.Extraction(
-            size_px=run.eval.size_px or chosen.view_size_px(chosen.Config(**run.method.options)),
-            crop=run.eval.crop,
-            threads=run.machine.threads,
-            max_pixels=run.data.max_pixels,
-            dtype=precision.resolve(run.train.precision, context.device),
-        )
+        self.how = features.Extraction.of_run(run, context.device)
 
     def online(self, backbone: torch.nn.Module) -> dict[str, float]:
         """kNN accuracy on at most MOST_ONLINE images, for a point on the training curve. Every rank calls it."""

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distssl import collectives
+from distssl import collectives, method
+from distssl.config import Run
 from distssl.context import Context
 from distssl.data import augment, draws
 from distssl.data.loader import Loader, Request
@@ -43,6 +44,18 @@ class Extraction:
     threads: int
     max_pixels: int
     dtype: torch.dtype
+
+    @classmethod
+    def of_run(cls, run: Run, device: torch.device) -> Extraction:
+        """As the config says."""
+        chosen = method.find(run.method.name)
+        return cls(
+            size_px=run.eval.size_px or chosen.view_size_px(chosen.Config(**run.method.options)),
+            crop=run.eval.crop,
+            threads=run.machine.threads,
+            max_pixels=run.data.max_pixels,
+            dtype=precision.resolve(run.train.precision, device),
+        )
 
 
 def split(ids: np.ndarray, test_share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
