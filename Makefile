@@ -21,6 +21,9 @@ check: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/nt_xent.py
+	$(BIN)/python benchmarks/kmeans.py
+	$(BIN)/python benchmarks/micro_batch.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "distssl needs Python 3.10 or newer; say make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
