@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from distssl import config, context, report
+from distssl import atomic, config, context, report
 from distssl.config import Run
 from distssl.errors import ConfigError, RunError
 
@@ -122,20 +123,68 @@ def _say_stopped() -> NoReturn:
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.")],
-    task: Annotated[str, typer.Option("--task", help="knn, linear or all.")] = "all",
+    task: Annotated[
+        str, typer.Option("--task", help=f"{', '.join(config.TASKS)}; all: what the labels allow.")
+    ] = "all",
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate a run's newest checkpoint, and the same backbone untrained, on a downstream task."""
+    """Evaluate a run's newest checkpoint, the same backbone untrained, and one trained on the labels alone."""
     from distssl import job, method
 
-    if task not in (*config.TASKS, "all"):
-        raise ConfigError(f"--task {task}: {', '.join(config.TASKS)} or all is right")
+    tasks = None if task == "all" else task.split(",")
+    for name in tasks or ():
+        if name not in config.TASKS:
+            raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
     if not (run / job.CONFIG).exists():
         raise ConfigError(f"{run}: no run there; a run folder with {job.CONFIG} is right")
     loaded = config.load(run / job.CONFIG, overrides or [], method.options)
     with context.Context(run.resolve()) as alone:
-        job.evaluate_run(loaded, alone, config.TASKS if task == "all" else [task])
+        job.evaluate_run(loaded, alone, tasks)
     report.show(run.resolve(), console)
+
+
+@app.command()
+def sweep(
+    config_file: Annotated[Path, typer.Option("--config", help="A YAML file as those in configs/sweep.")],
+    overrides: Overrides = None,
+) -> None:
+    """Search hyperparameters, labels and backbones of a downstream task. Run again after a stop, it goes on."""
+    from distssl import sweep as sweeps
+    from distssl.on_ray import sweep as on_ray
+
+    swept = sweeps.load(config_file, overrides or [])
+    sweeps.claim(swept)
+    console.print(f"sweep {swept.name}: {swept.num_trials} trials of {swept.task}, {swept.parallel} at a time")
+    outcomes = on_ray.run(swept, lambda outcome: console.print(report.outcome(outcome), soft_wrap=True, markup=False))
+    report.show_sweep(swept, outcomes, console)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, for example runs/*.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; `compare` beside the first run by default.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> None:
+    """Compare runs: a table here, report.html, and one TensorBoard with all of them."""
+    import webbrowser
+
+    from distssl import board, page
+    from distssl import compare as comparing
+
+    comparison = comparing.collect(runs)
+    out = (out or runs[0].resolve().parent / "compare").resolve()
+    atomic.make_folder(out)
+    with atomic.locked(out):
+        page.write(comparison, out / "report.html", shlex.join(["python", "launch.py", *sys.argv[1:]]))
+        board.write(comparison, out / "tensorboard")
+    comparing.show(comparison, console)
+    console.print(f"report:      {out / 'report.html'}", soft_wrap=True, markup=False)
+    tensorboard = [Path(sys.executable).parent / "tensorboard", "--logdir", out / "tensorboard"]
+    console.print(f"TensorBoard: {shlex.join(map(str, tensorboard))}", soft_wrap=True, markup=False)
+    if show and not webbrowser.open((out / "report.html").as_uri()):
+        errors.print("no browser was found; open the report by hand")
 
 
 @app.command()

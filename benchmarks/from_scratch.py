@@ -19,7 +19,7 @@ from distssl.context import Context
 from distssl.data import augment, loader, quarantine
 from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
-from distssl.downstream import features
+from distssl.downstream import labels as label_sets
 from distssl.nn import optim, precision
 
 STEPS = {100: 200, 1000: 400, None: 600}  # by labels, whatever the pretraining takes
@@ -33,7 +33,7 @@ def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: 
     dtype = precision.resolve("auto", "cpu")
     dataset = Dataset.open(photos.splits[data].train)
     ids = dataset.labelled_ids()
-    ids = ids if labels is None else features.subset(ids, labels, seed)
+    ids = ids if labels is None else label_sets.subset(ids, labels, seed)
     batch = min(BATCH, len(ids))
     steps = STEPS[labels]
     torch.manual_seed(seed)

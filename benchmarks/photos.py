@@ -25,7 +25,7 @@ from distssl import atomic
 from distssl.context import Context
 from distssl.data import indexing, shards
 from distssl.data.shards import Dataset
-from distssl.downstream import classify, features
+from distssl.downstream import classify, features, labels
 from distssl.downstream.features import Features
 
 CLOTHING, GROCERY = "clothing_cc0_s224.zip", "grocery_mit_s128.zip"
@@ -144,11 +144,12 @@ def probe(backbone: torch.nn.Module, photos: Photos, context: Context, threads: 
         train = extract(backbone, split.train, context, threads, dtype)
         test = extract(backbone, split.test, context, threads, dtype)
         for neighbours in (1, 20):
-            value = classify.knn(train, test, neighbours=neighbours)
+            value = classify.knn(train, test, neighbours=neighbours, context=context)["accuracy"]
             rows.append({"data": name, "task": f"{neighbours}-NN", "labels": None, "value": value})
         for num in LABELS[name]:
             subsets = [train] if num is None else [pick(train, num, draw) for draw in range(NUM_DRAWS)]
-            value = np.mean([classify.linear(subset, test, inverse_l2=INVERSE_L2) for subset in subsets])
+            found = [classify.linear(subset, test, inverse_l2=INVERSE_L2, context=context) for subset in subsets]
+            value = np.mean([metrics["accuracy"] for metrics in found])
             rows.append({"data": name, "task": "linear", "labels": num, "value": float(value)})
     return rows
 
@@ -162,5 +163,4 @@ def extract(model: torch.nn.Module, packed: Path, context: Context, threads: int
 
 def pick(train: Features, num: int, draw: int) -> Features:
     """The label subset `draw`, the same images for every backbone."""
-    here = np.isin(train.ids, features.subset(train.ids, num, draw))
-    return Features(train.ids[here], train.x[here], train.labels[here])
+    return train.only(labels.subset(train.ids, num, draw))

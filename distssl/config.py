@@ -6,17 +6,22 @@ be resumed with other workers, threads or storage, and is refused where anything
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from distssl import settings
 from distssl.errors import ConfigError
 
-TASKS = ("knn", "linear")
+FROZEN_TASKS = ("knn", "linear", "retrieval", "cluster")  # on a frozen backbone's features
+FITTED_TASKS = ("finetune", "segment", "detect", "depth", "keypoints")  # a network is trained
+TASKS = (*FROZEN_TASKS, *FITTED_TASKS)
+
+TaskName = Literal["knn", "linear", "retrieval", "cluster", "finetune", "segment", "detect", "depth", "keypoints"]
+FewLabels = Annotated[str, Field(pattern=r"^(\d+(\.\d+)?%|[1-9]\d*/class)$")]  # "1%", "10/class"
 
 
 class Section(BaseModel):
@@ -83,17 +88,43 @@ class Checkpoint(Section):
     keep_best: str | None = Field(default="knn", description="metric whose best checkpoint is kept as well")
 
 
+class Fit(Section):
+    """How a downstream task trains a network; null: the task's own recipe."""
+
+    steps: PositiveInt | None = Field(default=None, description="optimiser steps, whatever the number of labels")
+    batch: PositiveInt | None = Field(default=None, description="images a step over all workers, if there are as many")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate of the head")
+    layer_decay: float | None = Field(default=None, gt=0, le=1, description="a stage's rate over that of the one above")
+    weight_decay: float | None = Field(default=None, ge=0)
+    trained: Literal["all", "head"] | PositiveInt | None = Field(
+        default=None, description="what learns: all, the head alone, or the head and so many of the last stages"
+    )
+    size_px: PositiveInt | None = Field(default=None, description="side of the views")
+    window: tuple[float, float] | None = Field(default=None, description="side of the training window, share of image")
+    flip: float | None = Field(default=None, ge=0, le=1)
+    jitter: float | None = Field(default=None, ge=0, le=1, description="strength of the colour jitter")
+
+
 class Eval(Section):
     source: str | None = Field(default=None, description="labelled images; null: data.source if it has labels")
     test_source: str | None = Field(default=None, description="null: a fifth of eval.source")
     every: PositiveInt | None = Field(default=10, description="epochs between kNN evaluations; null: at the end only")
-    tasks: tuple[Literal["knn", "linear"], ...] = TASKS
-    labels: tuple[PositiveInt | None, ...] = Field(default=(100, 1000, None), description="null: all")
-    num_draws: PositiveInt = Field(default=3, description="label subsets a row is averaged over")
+    tasks: tuple[TaskName, ...] = ("knn", "linear")
+    backbones: tuple[Literal["random", "pretrained", "supervised"], ...] | None = Field(
+        default=None, description="rows of the table; null: all, but supervised by `evaluate` alone"
+    )
+    labels: tuple[PositiveInt | FewLabels | None, ...] = Field(
+        default=(100, 1000, None), description='a number, a share ("1%"), so many a class ("10/class"); null: all'
+    )
+    num_seeds: PositiveInt = Field(default=3, description="label subsets and heads a row is averaged over")
+    num_classes: PositiveInt | None = Field(
+        default=None, description="of masks and boxes; null: one more than the largest in the training labels"
+    )
     size_px: PositiveInt | None = Field(default=None, description="null: the size of the views")
     crop: float = Field(default=0.875, gt=0, le=1, description="side of the centre crop, a share of the short side")
     neighbours: PositiveInt = Field(default=20, description="of the kNN classifier")
     inverse_l2: float = Field(default=0.1, gt=0, description="C of the linear probe's logistic regression")
+    fit: Fit = Fit()
 
 
 class Machine(Section):
@@ -148,16 +179,14 @@ def load(file: Path | None, overrides: Sequence[str], method_config: Callable[[s
     name -> schema of its options; raises ConfigError for an unknown name. Raises ConfigError with one message a
     mistake, all at once.
     """
-    tree = _read(file) if file else {}
+    tree = settings.read_file(file) if file else {}
     if any(override.startswith("data.source=") for override in overrides):
         _forget_the_files_data(tree)
-    mistakes: list[str] = []
-    for override in overrides:
-        mistakes += _override(tree, override)
+    mistakes = settings.override(tree, overrides)
     try:
         run = Run.model_validate(tree)
     except ValidationError as error:
-        mistakes += [_explain(Run, item) for item in error.errors() if item["loc"] != ("method",)]  # told below
+        mistakes += [settings.explain(Run, item) for item in error.errors() if item["loc"] != ("method",)]  # told below
         run = None
     try:
         options = _method_options(tree, method_config)
@@ -187,7 +216,7 @@ def _method_options(tree: Mapping[str, Any], method_config: Callable[[str], type
     try:
         return schema.model_validate(options).model_dump(mode="json")
     except ValidationError as error:
-        raise ConfigError(*(_explain(schema, item, prefix="method") for item in error.errors())) from None
+        raise ConfigError(*(settings.explain(schema, item, prefix="method") for item in error.errors())) from None
 
 
 def dump(run: Run) -> str:
@@ -224,56 +253,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     for key, value in tree.items():
         rows += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
     return rows
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror}; a YAML file is right") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"--config {file}: holds {type(tree).__name__}; a mapping of sections is right")
-    return tree
-
-
-def _override(tree: dict[str, Any], override: str) -> list[str]:
-    """Set one key=value in the tree; what is wrong with it."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        return [f"{override!r}: key=value is right, for example train.epochs=20"]
-    *sections, leaf = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            return [f"{override!r}: {section} is a value and has no keys"]
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return [f"{override!r}: the value is not YAML"]
-    return []
-
-
-def _explain(schema: type[BaseModel], item: Mapping[str, Any], prefix: str = "") -> str:
-    """One pydantic error as one line: key, value, what would be right."""
-    path = [str(part) for part in item["loc"]]
-    key = ".".join([prefix, *path] if prefix else path)
-    if item["type"] == "extra_forbidden":
-        names = _names_at(schema, path[:-1])
-        near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(names))}"
-        return f"{key}: unknown key; {hint}"
-    if item["type"] == "missing":
-        return f"{key}: missing; say {key}=VALUE"
-    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _names_at(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The keys a section knows."""
-    for part in path:
-        field = schema.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return []
-        schema = field.annotation
-    return list(schema.model_fields)

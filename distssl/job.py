@@ -12,7 +12,7 @@ from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
 from distssl.data.shards import Dataset
-from distssl.downstream import evaluate
+from distssl.downstream import evaluate, fit, labels, rows
 from distssl.errors import ConfigError
 
 CONFIG = "config.yaml"
@@ -43,11 +43,20 @@ def prepare(run: Run, world_size: int) -> Folders:
             f"train.micro_batch={run.train.micro_batch}: {run.method.name} mixes two streams; leave it out"
         )
     ready = folders(run)
+    _check_labels(run, ready)
     plan.of_run(run, Dataset.open(ready.data), world_size)
     if ready.labelled:
         plan.of_labelled(run, Dataset.open(ready.labelled), world_size)
     _claim(run)
     return ready
+
+
+def _check_labels(run: Run, ready: Folders) -> None:
+    """Labels that the user names must be there for each task, before anything is trained."""
+    if run.eval.source and ready.eval_train:
+        test = Dataset.open(ready.eval_test) if ready.eval_test else None
+        for kind in {evaluate.kind(task) for task in run.eval.tasks}:
+            labels.find(Dataset.open(ready.eval_train), test, kind, "")
 
 
 def _refuse_another(run: Run) -> None:
@@ -78,44 +87,72 @@ def _storage_named(run: Run) -> Iterator[None]:
         ) from None
 
 
-def folders(run: Run) -> Folders:
-    """Pack or index the sources of a run that are not ready yet."""
+def folders(run: Run, tasks: Sequence[str] | None = None) -> Folders:
+    """Pack or index the sources that are not ready yet, of a run and the labels of tasks, by default the run's own."""
+    tasks = run.eval.tasks if tasks is None else tasks
     cache = run.machine.cache
     data = shards.prepare(run.data.source, cache)
     labelled = None
     if method.find(run.method.name).learns_from_labels:
         labelled = shards.prepare(run.data.labelled, cache, key="data.labelled") if run.data.labelled else data
-    if not run.eval.tasks:
+    if not tasks:
         return Folders(data, labelled, None, None)
     eval_train = shards.prepare(run.eval.source, cache, key="eval.source") if run.eval.source else data
-    if not Dataset.open(eval_train).num_labelled and not run.eval.source:
+    needed = {evaluate.kind(task) for task in tasks}
+    if not run.eval.source and not any(labels.has(Dataset.open(eval_train), kind) for kind in needed):
         return Folders(data, labelled, None, None)
-    return Folders(
-        data,
-        labelled,
-        eval_train,
-        shards.prepare(run.eval.test_source, cache, key="eval.test_source") if run.eval.test_source else None,
-    )
+    eval_test = shards.prepare(run.eval.test_source, cache, key="eval.test_source") if run.eval.test_source else None
+    return Folders(data, labelled, eval_train, eval_test)
 
 
 def pretrain(run: Run, context: Context, data: Folders) -> bool:
     """Train from where the run folder is, then evaluate; False where somebody asked to stop before the end."""
     judge = _judge(run, context, data)
+    online = judge.online if judge and labels.has(judge.train, labels.LABEL) else None
     labelled = Dataset.open(data.labelled) if data.labelled else None
-    training = train.Training(run, context, Dataset.open(data.data), judge.online if judge else None, labelled)
+    training = train.Training(run, context, Dataset.open(data.data), online, labelled)
     if not training.run():
         return False
     if judge:
-        _score(judge, run, context, training.method, run.eval.tasks)
+        judge.trained = training.method
+        possible = judge.possible()
+        tasks = [task for task in run.eval.tasks if task in possible]
+        _score(judge, context, tasks, run.eval.backbones or ("random", "pretrained"))
     return True
 
 
-def evaluate_run(run: Run, context: Context, tasks: Sequence[str]) -> None:
-    """Evaluate the newest checkpoint of a run and the same backbone untrained. Raises ConfigError without either."""
-    judge = _judge(run, context, folders(run))
+def evaluate_run(run: Run, context: Context, tasks: Sequence[str] | None) -> None:
+    """Evaluate backbones of a run on tasks, or on all that the labels allow, into summary.json.
+
+    Raises ConfigError without labels, or without a checkpoint where the pretrained backbone is one of them.
+    """
+    judge = _judge(run, context, folders(run, tasks or config.TASKS))
     if judge is None:
         raise ConfigError(f"eval.source: {run.data.source} has no labels; say eval.source=LABELLED_IMAGES")
-    _score(judge, run, context, trained(run, context.run_dir), tasks)
+    backbones = run.eval.backbones or rows.BACKBONES
+    if "pretrained" in backbones:
+        judge.trained = trained(run, context.run_dir)
+    for task in tasks or ():
+        judge.labelled(evaluate.kind(task))
+    _score(judge, context, tasks or judge.possible(), backbones)
+
+
+def evaluate_once(
+    run: Run,
+    context: Context,
+    task: str,
+    backbone: str,
+    labels: int | str | None,
+    report: fit.Report | None = None,
+    every: int | None = None,
+) -> dict[str, float]:
+    """The metrics of one backbone of a run on one task with so many labels, as `evaluate_run` finds them at seed 0."""
+    judge = _judge(run, context, folders(run, [task]))
+    if judge is None:
+        raise ConfigError(f"eval.source: {run.data.source} has no labels; say eval.source=LABELLED_IMAGES")
+    if backbone == "pretrained":
+        judge.trained = trained(run, context.run_dir)
+    return judge.figure(task, backbone, labels, 0, report, every)
 
 
 def trained(run: Run, run_dir: Path) -> method.Method:
@@ -132,14 +169,11 @@ def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | N
     if data.eval_train is None:
         return None
     test = Dataset.open(data.eval_test) if data.eval_test else None
-    return evaluate.Evaluation(run, evaluate.labelled(Dataset.open(data.eval_train), test), context)
+    return evaluate.Evaluation(run, context, Dataset.open(data.eval_train), test)
 
 
-def _score(
-    judge: evaluate.Evaluation, run: Run, context: Context, trained: method.Method, tasks: Sequence[str]
-) -> None:
-    """Rows of the untrained and of the trained backbone, by the same recipe, into summary.json."""
-    rows = judge.rows("random", method.build(run).evaluated(), tasks)
-    rows += judge.rows("pretrained", trained.evaluated(), tasks)
-    if context.rank == 0:
-        evaluate.write_summary(context.run_dir, rows)
+def _score(judge: evaluate.Evaluation, context: Context, tasks: Sequence[str], backbones: Sequence[str]) -> None:
+    """Rows into summary.json as they are there."""
+    for found in judge.rows(tasks, backbones):
+        if context.rank == 0:
+            rows.write_summary(context.run_dir, found)

@@ -7,7 +7,8 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,8 @@ from distssl.errors import ConfigError
 from distssl.nn import backbones, optim
 from distssl.nn.micro_batches import MicroBatches
 from distssl.nn.per_sample import Embedded
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Options(BaseModel):
@@ -168,7 +171,16 @@ def options(name: str) -> type[Options]:
 def build(run: Run) -> Method:
     """The untrained method of a run: the same parameters wherever it is built."""
     chosen = find(run.method.name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+
+    def untrained() -> Method:
         backbone = backbones.build(run.model.backbone, run.model.stem, run.model.sobel, **run.model.options)
         return chosen(chosen.Config(**run.method.options), backbone)
+
+    return seeded(run.seed, untrained)
+
+
+def seeded(seed: int, make: Callable[[], M]) -> M:
+    """What `make` makes with torch's generator at `seed`; the generator of others is left as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()

@@ -113,7 +113,7 @@ def of_labelled(run: Run, dataset: Dataset, world_size: int) -> LabelledStream:
     if len(ids) < run.data.labelled_batch:
         raise ConfigError(f"data.labelled_batch={run.data.labelled_batch} is more than the {len(ids)} labels of {key}")
     order = Order(
-        np.array([0, len(ids)]),
+        np.arange(len(ids) + 1),  # a shard a label: an epoch leaves out other ones each time
         seed=run.seed,
         global_batch=run.data.labelled_batch,
         shuffle_window=run.data.shuffle_window,

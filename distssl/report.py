@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from distssl.downstream.evaluate import Row, read_summary
+from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, Row, read_summary
+from distssl.errors import RunError
 
 if TYPE_CHECKING:
+    from distssl.sweep import Outcome, Sweep
     from distssl.verify import Verdict
 
 
@@ -27,16 +29,56 @@ def show(run_dir: Path, console: Console) -> None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Backbones as rows, task and number of labels as columns; fits 80 columns."""
-    columns = list(dict.fromkeys((row.task, row.labels) for row in rows))
-    cells = {(row.backbone, row.task, row.labels): _cell(row) for row in rows}
-    drawn = Table(title="accuracy in %, by task and number of labels")
-    drawn.add_column("backbone", no_wrap=True)
-    for task, labels in columns:
-        drawn.add_column(f"{task}\n{labels or 'all'}", justify="right", no_wrap=True)
-    for backbone in dict.fromkeys(row.backbone for row in rows):
-        drawn.add_row(backbone, *(cells.get((backbone, *column), "") for column in columns))
+    """Backbones as columns, a line for each dataset, task, number of labels and metric; fits 80 columns."""
+    lines = list(dict.fromkeys((row.data, row.task, row.labels, row.metric) for row in rows))
+    cells = {(row.backbone, row.data, row.task, row.labels, row.metric): shown(row) for row in rows}
+    backbones = [name for name in BACKBONES if any(row.backbone == name for row in rows)]
+    drawn = Table(title="mean over seeds ± half of its 95 % interval; shares in %")
+    for name in ("data", "task", "labels", "metric"):
+        drawn.add_column(name, justify="right" if name == "labels" else "left", overflow="fold")
+    for name in backbones:
+        drawn.add_column(name, justify="right", no_wrap=True)
+    for data, task, labels, metric in lines:
+        found = [cells.get((name, data, task, labels, metric), "") for name in backbones]
+        drawn.add_row(data, task, str(labels or "all"), metric, *found)
     return drawn
+
+
+def outcome(done: Outcome) -> str:
+    """A trial that has ended, in one line."""
+    point = ", ".join(f"{key}={_value(value)}" for key, value in done.point.items())
+    return f"trial {done.number}: {_came_of(done)} ({point})"
+
+
+def show_sweep(swept: Sweep, outcomes: Sequence[Outcome], console: Console) -> None:
+    """Print the trials of a sweep, best first, and the command line that does the best one again."""
+    from distssl import sweep
+
+    sign = 1 if swept.mode == "min" else -1
+    worst = float("inf")
+    ranked = sorted(outcomes, key=lambda done: (done.stopped, worst if done.value is None else sign * done.value))
+    drawn = Table(title=f"{swept.name}: {swept.metric} of {swept.task}")
+    for name in ("trial", swept.metric, *swept.space):
+        drawn.add_column(name, overflow="fold")
+    for done in ranked:
+        point = (_value(done.point.get(key, "")) for key in swept.space)
+        drawn.add_row(str(done.number), _came_of(done), *point)
+    console.print(drawn)
+    found = sweep.best(swept, outcomes)
+    if found is None:
+        raise RunError(f"sweep {swept.name}: no trial ended well")
+    console.print("the best again:")
+    console.print(sweep.trial(swept, found.point).command(swept.task), soft_wrap=True, markup=False, highlight=False)
+
+
+def _came_of(done: Outcome) -> str:
+    if done.value is None:
+        return f"failed: {done.error}"
+    return f"{done.value:.4f}" + (f", stopped at step {done.step}" if done.stopped else "")
+
+
+def _value(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def show_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
@@ -60,5 +102,8 @@ def show_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
             console.print(f"{place}: worst of its state is {verdict.worst}", soft_wrap=True)
 
 
-def _cell(row: Row) -> str:
-    return f"{100 * row.value:.1f}" + (f" ±{100 * row.std:.1f}" if row.num_draws > 1 else "")
+def shown(row: Row) -> str:
+    """A figure with its interval: shares in percent, others in their unit."""
+    scale, digits = (1, 3) if row.metric in LOWER_IS_BETTER else (100, 1)
+    interval = "" if row.interval is None else f" ±{scale * row.interval:.{digits}f}"
+    return f"{scale * row.value:.{digits}f}{interval}"

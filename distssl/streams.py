@@ -42,7 +42,7 @@ def of_images(
     """The method's views from an optimiser step on, `accumulate` batches a step."""
     views = functools.partial(type(method).views, method.cfg)
     size = run.data.global_batch // context.world_size
-    load = functools.partial(_loaded, run, dataset, views, masks=method.reads_masks(method.cfg))
+    load = functools.partial(_loaded, run, dataset, views, target="mask" if method.reads_masks(method.cfg) else None)
     if not method.balances_clusters:
         return load(planned.requests(step, context), size, context, bad)
     return _epoch_by_epoch(
@@ -88,9 +88,9 @@ def _loaded(
     context: Context,
     bad: Quarantine,
     word: int = 0,
-    masks: bool = False,
+    target: str | None = None,
 ) -> Batches:
-    """word: keeps the draws of two streams apart, which may share images. masks: whether the views read them."""
+    """word: keeps the draws of two streams apart, which may share images. target: what the views read beside."""
     loader = Loader(
         dataset,
         views,
@@ -101,6 +101,6 @@ def _loaded(
         device=context.device,
         max_pixels=run.data.max_pixels,
         quarantine=bad,
-        masks=masks,
+        target=target,
     )
     return loader.batches(requests)

@@ -23,11 +23,11 @@ from distssl.context import Context
 from distssl.data import quarantine
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
-from distssl.nn import diagnostics, norm, optim, precision
+from distssl.nn import backbones, diagnostics, norm, optim, precision
 
 log = logging.getLogger(__name__)
 
-Probe = Callable[[torch.nn.Module], dict[str, float]]  # backbone -> metrics; every rank calls it
+Probe = Callable[[backbones.Backbone], dict[str, float]]  # backbone -> metrics; every rank calls it
 
 
 class Training:

@@ -44,7 +44,7 @@ def mistakes(*overrides: str) -> list[str]:
         ("name=a/b", ["name='a/b'"]),
         ("name=..", ["name='..'"]),
         ("data.source=", ["data.source"]),
-        ("eval.tasks=[knn, segment]", ["eval.tasks", "'knn' or 'linear'"]),
+        ("eval.tasks=[knn, segments]", ["eval.tasks", "'linear', 'retrieval'"]),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_its_key(override: str, told: list[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from distssl import checkpoint, config, method, monitor
 from distssl.data.shards import Dataset
-from distssl.downstream.evaluate import read_summary
+from distssl.downstream.rows import BACKBONES, read_summary
 from tests import disks, runs
 
 ROOT = Path(__file__).parent.parent
@@ -282,7 +282,8 @@ def test_a_config_file_that_is_none_is_told(command: Command, tmp_path: Path, te
 def test_evaluate_refuses_what_is_no_run_or_no_task(command: Command, mine: Path, tmp_path: Path) -> None:
     check_refused(command("evaluate", tmp_path / "none"), f"{tmp_path / 'none'}: no run there")
     check_refused(command("evaluate", tmp_path), "no run there")
-    check_refused(command("evaluate", mine, "--task", "segment"), "--task segment", "knn, linear or all")
+    check_refused(command("evaluate", mine, "--task", "segments"), "--task segments", "keypoints or all is right")
+    check_refused(command("evaluate", mine, "--task", "segment"), "has no labels; say eval.source=")
     check_refused(command("evaluate", mine, "eval.neighbors=5"), "did you mean neighbours?")
     shutil.rmtree(checkpoint.folder(mine))
     check_refused(command("evaluate", mine), "no checkpoint yet")
@@ -324,9 +325,9 @@ def test_pack_index_and_evaluate(command: Command, mine: Path, photos: Path, tmp
     assert Dataset.open(foreign).num_samples == 48
 
     (mine / "summary.json").unlink()
-    code, said, err = command("evaluate", mine, "--task", "knn", "eval.neighbours=5")
+    code, said, err = command("evaluate", mine, "--task", "knn", "eval.neighbours=5", "eval.fit.steps=3")
     assert code == 0, err
-    assert {(row.backbone, row.task) for row in read_summary(mine)} == {("random", "knn"), ("pretrained", "knn")}
+    assert {(row.backbone, row.task) for row in read_summary(mine)} == {(name, "knn") for name in BACKBONES}
     assert "accuracy" in said
 
 

@@ -13,12 +13,13 @@ from distssl import config, method
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "distssl").rglob("*.py"))
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [ROOT / "configs/default.yaml", *sorted((ROOT / "configs/pretrain").glob("*.yaml"))]
 
 # Data-flow order: a module imports only from its own level and those before it.
 LEVELS = [
     ["errors"],
-    ["atomic", "config"],
+    ["atomic", "settings"],
+    ["config"],
     ["collectives"],
     ["context"],
     ["data"],
@@ -30,19 +31,23 @@ LEVELS = [
     ["epoch_start"],
     ["train"],
     ["job", "verify"],
-    ["progress", "report"],
+    ["sweep"],
+    ["progress", "report", "svg"],
+    ["compare"],
+    ["page", "board"],
     ["on_ray"],
 ]
 DATA = [
-    ["images"],
-    ["probe", "digits", "catalogue", "files"],
+    ["images", "store"],
+    ["probe", "digits", "catalogue", "annotations"],
+    ["files"],
     ["sources", "tars"],
     ["indexing"],
     ["dataset", "packing"],
     ["shards"],
     ["draws"],
-    ["order", "balanced_order", "store", "sample", "quarantine"],
-    ["augment"],
+    ["order", "balanced_order", "sample", "quarantine"],
+    ["augment", "windows"],
     ["patches", "randaugment", "corruptions"],
     ["graph"],
     ["loader"],

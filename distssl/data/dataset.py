@@ -6,26 +6,30 @@ import collections
 import dataclasses
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distssl.data import indexing
+from distssl.data import annotations, indexing
 from distssl.errors import ConfigError
 
-CACHE_BYTES = 256 << 20  # of row groups: 44 bytes a row, so about 6 million rows
-NUMBERS = ("offset", "size", "height", "width", "label", "mask_offset", "mask_size")
-PLACES = ("offset", "size", "mask_offset", "mask_size")  # in bytes: int64
+# Of row groups: 28 bytes a row, so about 9 million rows; 16 more for a kind of annotation that is asked for.
+CACHE_BYTES = 256 << 20
+NUMBERS = ("offset", "size", "height", "width", "label")
+TYPES = {field.name: field.type.to_pandas_dtype() for field in indexing.COLUMNS}
+
+Names = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Where N samples lie and what is known of them; all [N].
 
-    `shard`, `offset` and `size` (bytes) are int64, and so are the mask's (size 0: none); `height` and `width` (pixels,
-    upright) and `label` (-1: none) int32.
+    `shard`, `offset` and `size` (bytes) are int64; `height` and `width` (pixels, upright) and `label` (-1: none) int32.
+    `annotation_offset` and `annotation_size` (0: none), int64, are by kind, for the kinds that were asked for.
     """
 
     shard: np.ndarray
@@ -34,8 +38,8 @@ class Rows:
     height: np.ndarray
     width: np.ndarray
     label: np.ndarray
-    mask_offset: np.ndarray
-    mask_size: np.ndarray
+    annotation_offset: dict[str, np.ndarray]
+    annotation_size: dict[str, np.ndarray]
 
 
 class Dataset:
@@ -52,7 +56,7 @@ class Dataset:
         self.classes: tuple[str, ...] = tuple(description["classes"])
         self.num_samples: int = description["samples"]
         self.num_labelled: int = description["labelled"]
-        self.num_masks: int = description["masks"]
+        self.num_annotated: dict[str, int] = {kind: description["annotated"][kind] for kind in annotations.KINDS}
         self.shard_paths: list[Path] = [folder / shard["path"] for shard in shards]
         self.shard_sha256: tuple[str, ...] = tuple(shard["sha256"] for shard in shards)
         self.shard_bytes = np.array([shard["bytes"] for shard in shards], np.int64)
@@ -61,7 +65,7 @@ class Dataset:
         self._lock = threading.Lock()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._cache: collections.OrderedDict[int, dict[str, np.ndarray]] = collections.OrderedDict()
+        self._cache: collections.OrderedDict[tuple[int, Names], list[np.ndarray]] = collections.OrderedDict()
 
     @classmethod
     def open(cls, folder: Path | str, *, cache_bytes: int = CACHE_BYTES) -> Dataset:
@@ -85,17 +89,23 @@ class Dataset:
             raise ConfigError(f"{folder}: {problem}; {again}")
         return dataset
 
-    def rows(self, ids: np.ndarray) -> Rows:
-        """The rows of int64 ids [N], in their order. Raises IndexError for an id outside 0 .. num_samples - 1."""
+    def rows(self, ids: np.ndarray, kinds: Sequence[str] = ()) -> Rows:
+        """The rows of int64 ids [N], in their order, with the places of these kinds of annotations.
+
+        A kind takes 0.1 to 0.14 ms for 256 ids in 32 shards, the rest 0.33 ms. Raises IndexError for an id outside
+        0 .. num_samples - 1.
+        """
         ids = np.asarray(ids, np.int64)
         shard = self._shards(ids)
-        found = {name: np.empty(len(ids), np.int64 if name in PLACES else np.int32) for name in NUMBERS}
+        blocks = (NUMBERS, *(indexing.PLACES[kind] for kind in kinds))
+        found = {name: np.empty(len(ids), TYPES[name]) for block in blocks for name in block}
         for group, at in _by_value(shard):
-            columns = self._columns(group)
             local = ids[at] - self.shard_first[group]
-            for name in NUMBERS:
-                found[name][at] = columns[name][local]
-        return Rows(shard=shard, **found)
+            for block in blocks:
+                for name, column in zip(block, self._columns(group, block), strict=True):
+                    found[name][at] = column[local]
+        places = [{kind: found.pop(indexing.PLACES[kind][i]) for kind in kinds} for i in (0, 1)]
+        return Rows(shard=shard, **found, annotation_offset=places[0], annotation_size=places[1])
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """The keys of int64 ids [N]: for messages, not for every batch."""
@@ -116,22 +126,30 @@ class Dataset:
             found.append(ids[self.rows(ids).label >= 0])
         return np.concatenate(found)
 
+    def annotated_ids(self, kind: str, chunk: int = 1 << 20) -> np.ndarray:
+        """The ids of the samples that have such an annotation, likewise."""
+        found = [np.empty(0, np.int64)]
+        for start in range(0, self.num_samples, chunk):
+            ids = np.arange(start, min(start + chunk, self.num_samples))
+            found.append(ids[self.rows(ids, (kind,)).annotation_size[kind] > 0])
+        return np.concatenate(found)
+
     def _shards(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_samples):
             raise IndexError(f"ids {ids.min()} .. {ids.max()} of a data set of {self.num_samples} samples")
         return np.searchsorted(self.shard_first, ids, side="right") - 1
 
-    def _columns(self, group: int) -> dict[str, np.ndarray]:
+    def _columns(self, group: int, names: Names) -> list[np.ndarray]:
         with self._lock:
-            columns = self._cache.pop(group, None)
+            columns = self._cache.pop((group, names), None)
             if columns is None:
-                table = self._file.read_row_group(group, columns=list(NUMBERS), use_threads=False)
-                columns = {name: table.column(name).to_numpy() for name in NUMBERS}
-                self._cached_bytes += sum(column.nbytes for column in columns.values())
-            self._cache[group] = columns  # the last used is last
+                table = self._file.read_row_group(group, columns=list(names), use_threads=False)
+                columns = [table.column(name).to_numpy() for name in names]
+                self._cached_bytes += sum(column.nbytes for column in columns)
+            self._cache[group, names] = columns  # the last used is last
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
                 _, oldest = self._cache.popitem(last=False)
-                self._cached_bytes -= sum(column.nbytes for column in oldest.values())
+                self._cached_bytes -= sum(column.nbytes for column in oldest)
             return columns
 
     def _problem(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Files that may become samples: what is in a folder, what is hidden, which are images and which are their masks."""
+"""Files that may become samples: what is in a folder, what is hidden, which are images and which their annotations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from distssl.data import images
+from distssl.data import annotations, images
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MASK = ".mask.png"  # of a mask's name
 SHOWN = 20  # lines about files left out, before a count has to do
 
 
@@ -58,17 +57,29 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in name.split("/"))
 
 
+def may_be_sample(name: str) -> bool:
+    """Whether the name is an image's or an annotation's."""
+    return annotations.kind_of(name) is not None or may_be_image(name)
+
+
 def may_be_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower().removeprefix(".") in images.SUFFIXES
 
 
-def apart(files: list[T], name: Callable[[T], str], left_out: LeftOut) -> tuple[list[T], list[T | None]]:
-    """The images among the files, and the mask of each: KEY.mask.png beside KEY.jpg, None where there is none."""
-    masks = {name(file).lower().removesuffix(MASK): file for file in files if name(file).lower().endswith(MASK)}
-    pictures = [file for file in files if not name(file).lower().endswith(MASK)]
-    found = [masks.pop(str(PurePosixPath(name(file)).with_suffix("")).lower(), None) for file in pictures]
-    for file in masks.values():
-        left_out.add(name(file), "a mask without its image")
+def apart(files: list[T], name: Callable[[T], str], left_out: LeftOut) -> tuple[list[T], list[dict[str, T]]]:
+    """The images among the files, and the annotations of each by kind: KEY.mask.png beside KEY.jpg."""
+    pictures: list[T] = []
+    beside: dict[tuple[str, str], T] = {}
+    for file in files:
+        kind = annotations.kind_of(name(file))
+        if kind is None:
+            pictures.append(file)
+        else:
+            beside[name(file).lower().removesuffix(f".{annotations.MEMBERS[kind]}"), kind] = file
+    keys = [str(PurePosixPath(name(file)).with_suffix("")).lower() for file in pictures]
+    found = [{kind: beside.pop((key, kind)) for kind in annotations.KINDS if (key, kind) in beside} for key in keys]
+    for (_, kind), file in beside.items():
+        left_out.add(name(file), f"{kind} without its image")
     return pictures, found
 
 

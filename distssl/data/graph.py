@@ -25,7 +25,7 @@ class Feed(NamedTuple):
     ids: np.ndarray  # int64 [N]
     labels: np.ndarray  # int64 [N]
     encoded: list[bytes]  # N images
-    masks: list[bytes] | None = None  # N PNGs, for views that read them
+    targets: list[bytes] | None = None  # N PNGs, masks or depth maps, for views that read them
 
 
 Views = Callable[[Sample], dict[str, Any]]
@@ -49,15 +49,16 @@ def trace(
     threads: int = 1,
     prefetch: int = 1,
     device_id: int | None = None,
-    masks: bool = False,
+    target: str | None = None,
 ) -> Traced:
     """Run `views` once to see its operators. backend: "cpu" or "gpu".
 
-    source: gives encoded bytes, draws float32 [N, num_draws], ids int64 [N], labels int64 [N] and, with `masks`,
-    encoded masks for each batch.
+    source: gives encoded bytes, draws float32 [N, num_draws], ids int64 [N], labels int64 [N] and, with a
+    `target` ("mask" or "depth"), those encoded, for each batch.
     """
     names: list[str] = []
     num_draws = 0
+    num_inputs = 4 if target is None else 5
 
     @pipeline_def(
         batch_size=batch_size,
@@ -68,14 +69,14 @@ def trace(
     )
     def define() -> tuple[Any, ...]:
         nonlocal num_draws
-        encoded, columns, ids, labels, *mask = fn.external_source(
+        encoded, columns, ids, labels, *targets = fn.external_source(
             source=source,
-            num_outputs=5 if masks else 4,
+            num_outputs=num_inputs,
             batch=True,
-            dtype=[types.UINT8, types.FLOAT, types.INT64, types.INT64, types.UINT8][: 5 if masks else 4],
-            ndim=[1, 1, 0, 0, 1][: 5 if masks else 4],
+            dtype=[types.UINT8, types.FLOAT, types.INT64, types.INT64, types.UINT8][:num_inputs],
+            ndim=[1, 1, 0, 0, 1][:num_inputs],
         )
-        sample = Sample(encoded, draws.Draws(columns), ids, labels, backend, mask=mask[0] if mask else None)
+        sample = Sample(encoded, draws.Draws(columns), ids, labels, backend, target=targets[0] if targets else None)
         outputs = {"id": ids, "label": labels, **views(sample)}
         names[:] = outputs.keys()
         num_draws = sample.draws.num_taken
@@ -101,13 +102,13 @@ class Graph:
         threads: int,
         prefetch: int,
         device: torch.device,
-        masks: bool = False,
+        target: str | None = None,
     ) -> None:
         def inputs() -> tuple[Any, ...]:
             feed = source()
             columns = draws.uniforms(seed, feed.epoch, feed.ids, max(1, self.traced.num_draws))
             given = _listed(feed.encoded), columns, feed.ids, feed.labels
-            return (*given, _listed(feed.masks)) if feed.masks is not None else given
+            return (*given, _listed(feed.targets)) if feed.targets is not None else given
 
         on_gpu = device.type == "cuda"
         self.traced = trace(
@@ -118,7 +119,7 @@ class Graph:
             threads=threads,
             prefetch=prefetch,
             device_id=device.index or 0 if on_gpu else None,
-            masks=masks,
+            target=target,
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The external source node")  # a graph need not use its draws

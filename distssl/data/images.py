@@ -8,12 +8,9 @@ decompression-bomb state, and fails in one way only.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 import struct
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "jp2")  # of a tar's image member, best first
-NO_CLASS = 255  # of a pixel, in a mask
 EXIF_ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 
@@ -43,16 +40,6 @@ def read_header(data: bytes) -> Header:
     if orientation >= 5:  # 5 to 8 turn by a quarter
         height, width = width, height
     return Header(suffix, height, width)
-
-
-@functools.lru_cache(maxsize=16)
-def blank_mask(height: int, width: int) -> bytes:
-    """A mask PNG in which no pixel has a class."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("L", (width, height), NO_CLASS).save(file, "PNG")
-    return file.getvalue()
 
 
 def sniff(data: bytes) -> str:

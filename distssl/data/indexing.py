@@ -19,15 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distssl import atomic
-from distssl.data import tars
+from distssl.data import annotations, tars
 from distssl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 MAX_PIXELS = 178_956_970  # where PIL too begins to suspect a decompression bomb
 DATASET, INDEX, REJECTED, PARTS, PACKED = "dataset.json", "index.parquet", "rejected.jsonl", ".index", "pack.json"
-FIRST_NAMED = 20  # of the rejected, in dataset.json and in the log
+FIRST_NAMED = 20  # of the rejected, in dataset.json and in the log, and of the bad annotations
+PLACES = {kind: (f"{kind}_offset", f"{kind}_size") for kind in annotations.KINDS}  # an annotation's columns
 COLUMNS = [
     pa.field("key", pa.string()),
     pa.field("offset", pa.int64()),
@@ -35,10 +36,8 @@ COLUMNS = [
     pa.field("height", pa.int32()),
     pa.field("width", pa.int32()),
     pa.field("label", pa.int32()),
-    pa.field("mask_offset", pa.int64()),
-    pa.field("mask_size", pa.int64()),
+    *(pa.field(name, pa.int64()) for names in PLACES.values() for name in names),
 ]
-LABEL = [field.name for field in COLUMNS].index("label")
 PART_SCHEMA = pa.schema(COLUMNS)
 INDEX_SCHEMA = pa.schema([pa.field("shard", pa.int32()), *COLUMNS])
 META = b"distssl"  # the key of our metadata in a parquet file
@@ -59,8 +58,9 @@ class Part:
     num_labelled: int
     max_label: int
     bad_labels: int
-    num_masks: int
-    bad_masks: int
+    num_annotated: dict[str, int]
+    bad_annotations: dict[str, int]
+    first_bad: list[dict]  # of the annotations
     rejected: list[dict]
 
 
@@ -106,7 +106,9 @@ def index_locked(
         raise ConfigError(f"{title}: no usable image in {len(paths)} tars{first}")
     classes = _classes(used[0].tar.parent, max(part.max_label for part in used))
     fingerprint = _digest(json.dumps([VERSION, [(part.sha256, part.rows_digest) for part in used], classes]))
-    _log_rejected(title, rejected, sum(part.bad_labels for part in parts), sum(part.bad_masks for part in parts))
+    bad_annotations = {kind: sum(part.bad_annotations[kind] for part in used) for kind in annotations.KINDS}
+    _log_rejected(title, rejected, sum(part.bad_labels for part in used))
+    _log_bad_annotations(title, [line for part in used for line in part.first_bad], bad_annotations)
     with atomic.replacing(out / INDEX) as file:
         _merge(used, file, fingerprint)
     with atomic.replacing(out / REJECTED) as file:
@@ -117,8 +119,8 @@ def index_locked(
         "samples": sum(part.num_samples for part in used),
         "labelled": sum(part.num_labelled for part in used),
         "bad_labels": sum(part.bad_labels for part in used),
-        "masks": sum(part.num_masks for part in used),
-        "bad_masks": sum(part.bad_masks for part in used),
+        "annotated": {kind: sum(part.num_annotated[kind] for part in used) for kind in annotations.KINDS},
+        "bad_annotations": bad_annotations,
         "classes": classes,
         "rejected": {
             "count": len(rejected),
@@ -195,7 +197,8 @@ def _part_name(path: Path, max_pixels: int, verify: bool) -> str:
 def _write_part(scan: tars.Scan, file: Path) -> None:
     columns = list(zip(*scan.rows, strict=True)) or [[] for _ in COLUMNS]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)]
-    labels, mask_sizes = columns[LABEL], columns[-1]
+    column = dict(zip(PART_SCHEMA.names, columns, strict=True))
+    labels, bad = column["label"], scan.bad_annotations
     meta = {
         "num_bytes": scan.num_bytes,
         "sha256": scan.sha256,
@@ -203,8 +206,9 @@ def _write_part(scan: tars.Scan, file: Path) -> None:
         "num_labelled": sum(label >= 0 for label in labels),
         "max_label": max(labels, default=-1),
         "bad_labels": scan.bad_labels,
-        "num_masks": sum(size > 0 for size in mask_sizes),
-        "bad_masks": scan.bad_masks,
+        "num_annotated": {kind: sum(size > 0 for size in column[names[1]]) for kind, names in PLACES.items()},
+        "bad_annotations": {kind: sum(line.kind == kind for line in bad) for kind in annotations.KINDS},
+        "first_bad": [dataclasses.asdict(line) for line in bad[:FIRST_NAMED]],
         "rejected": [dataclasses.asdict(rejected) for rejected in scan.rejected],
     }
     schema = PART_SCHEMA.with_metadata({META: json.dumps(meta).encode()})
@@ -256,7 +260,7 @@ def _classes(folder: Path, max_label: int) -> list[str]:
     return names if len(names) > max_label else [str(i) for i in range(max_label + 1)]
 
 
-def _log_rejected(title: str, rejected: Sequence[dict], bad_labels: int, bad_masks: int) -> None:
+def _log_rejected(title: str, rejected: Sequence[dict], bad_labels: int) -> None:
     for line in rejected[:FIRST_NAMED]:
         log.warning(
             "%s: left out %s at byte %d of %s: %s",
@@ -270,8 +274,16 @@ def _log_rejected(title: str, rejected: Sequence[dict], bad_labels: int, bad_mas
         log.warning("%s: left out %d in all; %s names each", title, len(rejected), REJECTED)
     if bad_labels:
         log.warning("%s: %d samples have a .cls that is no class number: they count as unlabelled", title, bad_labels)
-    if bad_masks:
-        log.warning("%s: %d samples have a .mask.png that is no image of their size: left out", title, bad_masks)
+
+
+def _log_bad_annotations(title: str, first: Sequence[dict], count: dict[str, int]) -> None:
+    for line in first[:FIRST_NAMED]:
+        log.warning(
+            "%s: kept %s of %s without its %s: %s", title, *(line[at] for at in ("key", "shard", "kind", "reason"))
+        )
+    for kind, num in count.items():
+        if num:
+            log.warning("%s: %d samples are kept without their .%s", title, num, annotations.MEMBERS[kind])
 
 
 def _written_path(tar: Path, out: Path) -> str:

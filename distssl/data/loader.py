@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distssl.data import graph, images, order, probe
+from distssl.data import annotations, graph, images, order, probe
 from distssl.data.dataset import Rows
 from distssl.data.quarantine import Quarantine
 from distssl.data.shards import Dataset
@@ -47,7 +47,7 @@ class Image(NamedTuple):
     id: int
     label: int
     encoded: bytes
-    mask: bytes | None
+    target: bytes | None
 
 
 class Loader:
@@ -65,7 +65,7 @@ class Loader:
         device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
         max_pixels: int,
         quarantine: Quarantine,
-        masks: bool = False,
+        target: str | None = None,
     ) -> None:
         self.dataset = dataset
         self.views = views
@@ -76,7 +76,7 @@ class Loader:
         self.device = device
         self.max_pixels = max_pixels
         self.quarantine = quarantine
-        self.masks = masks  # whether the views read them
+        self.target = target  # "mask" or "depth", where the views read one
         self.store = LocalStore(dataset.shard_paths)
         self._single: graph.Graph | None = None
         self._single_feed: graph.Feed
@@ -127,7 +127,7 @@ class Loader:
             threads=threads,
             prefetch=prefetch,
             device=self.device,
-            masks=self.masks,
+            target=self.target,
         )
 
     def _feed(self, request: Request) -> graph.Feed:
@@ -154,26 +154,28 @@ class Loader:
 
     def _read(self, ids: np.ndarray) -> list[Image | None]:
         """The images of ids (int64 [N]); None, and into quarantine, where one cannot be used."""
-        rows = self.dataset.rows(ids)  # at once, and as lists: both are time that every step would pay a sample
+        # At once, and as lists: both are time that every step would pay a sample.
+        rows = self.dataset.rows(ids, (self.target,) if self.target else ())
         places = zip(rows.shard.tolist(), rows.offset.tolist(), rows.size.tolist(), strict=True)
         found: list[Image | None] = []
         for sample, label, place in zip(ids.tolist(), rows.label.tolist(), places, strict=True):
             encoded = None if sample in self.quarantine else self._read_one(sample, *place)
             found.append(None if encoded is None else Image(sample, label, encoded, None))
-        return self._with_masks(found, rows) if self.masks else found
+        return self._with_targets(found, rows, self.target) if self.target else found
 
-    def _with_masks(self, found: list[Image | None], rows: Rows) -> list[Image | None]:
-        """The same with their masks, one of no class for an image that has none; None where a mask cannot be read."""
-        places = zip(rows.shard.tolist(), rows.mask_offset.tolist(), rows.mask_size.tolist(), strict=True)
+    def _with_targets(self, found: list[Image | None], rows: Rows, kind: str) -> list[Image | None]:
+        """The same with their targets, a blank one for an image that has none; None where one cannot be read."""
+        offsets, sizes = rows.annotation_offset[kind].tolist(), rows.annotation_size[kind].tolist()
+        places = zip(rows.shard.tolist(), offsets, sizes, strict=True)
         sides = zip(rows.height.tolist(), rows.width.tolist(), strict=True)
-        with_masks: list[Image | None] = []
+        with_targets: list[Image | None] = []
         for image, place, (height, width) in zip(found, places, sides, strict=True):
             if image is not None:
                 has_one = place[-1] > 0
-                mask = self._read_one(image.id, *place) if has_one else images.blank_mask(height, width)
-                image = None if mask is None else image._replace(mask=mask)
-            with_masks.append(image)
-        return with_masks
+                target = self._read_one(image.id, *place) if has_one else annotations.blank(kind, height, width)
+                image = None if target is None else image._replace(target=target)
+            with_targets.append(image)
+        return with_targets
 
     def _read_one(self, sample: int, shard: int, offset: int, size: int) -> bytes | None:
         try:
@@ -232,5 +234,5 @@ class Loader:
 def _as_feed(epochs: list[int], found: list[Image]) -> graph.Feed:
     ids = np.array([image.id for image in found], np.int64)
     labels = np.array([image.label for image in found], np.int64)
-    masks = [image.mask for image in found if image.mask is not None]
-    return graph.Feed(np.array(epochs, np.int64), ids, labels, [image.encoded for image in found], masks or None)
+    targets = [image.target for image in found if image.target is not None]
+    return graph.Feed(np.array(epochs, np.int64), ids, labels, [image.encoded for image in found], targets or None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from webdataset import writer
 
 from distssl import atomic
-from distssl.data import files, images, indexing, sources, tars
+from distssl.data import annotations, files, images, indexing, sources
 from distssl.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -156,15 +156,14 @@ def _write_shard(source: sources.Source, plan: Plan, shard: int, path: Path, lef
             try:
                 data, label = source.read(i)
                 suffix = images.read_header(data).suffix
-                mask = source.read_mask(i)
+                found = source.read_annotations(i)
             except images.ImageError as error:
                 left_out.add(source.names[i], str(error))
                 continue
             sample = {"__key__": plan.keys[i], suffix: data}
             if label >= 0:
                 sample["cls"] = str(label).encode()
-            if mask is not None:
-                sample[tars.MASK] = mask
+            sample |= {annotations.MEMBERS[kind]: annotation for kind, annotation in found.items()}
             tar.write(sample)
             num_written += 1
     if not num_written:

@@ -24,7 +24,7 @@ class Sample:
     label: Any  # int64 scalar, -1 where there is none
     device: str  # "cpu" or "gpu": where images are
     pixels: Any = None  # the image, where it is decoded once for several views
-    mask: Any = None  # uint8 [bytes], for views that read masks
+    target: Any = None  # uint8 [bytes], the mask or the depth map, for views that read one
 
     def decoded(self) -> Sample:
         """The same sample, decoded here and once: regions are then cut from its pixels."""
@@ -43,7 +43,11 @@ class Sample:
 
     def classes(self) -> Any:
         """The mask, the class of each of the image's pixels: uint8 [H, W, 1]."""
-        return fn.decoders.image(self.mask, device=self._decoder(), output_type=types.GRAY)
+        return fn.decoders.image(self.target, device=self._decoder(), output_type=types.GRAY)
+
+    def depth(self) -> Any:
+        """The depth map in millimetres, 0 where it is not known: uint16 [H, W, 1]."""
+        return fn.decoders.image(self.target, device=self._decoder(), output_type=types.GRAY, dtype=types.UINT16)
 
     def region(self, top: Any, left: Any, height: Any, width: Any) -> Any:
         """A region of the image alone, uint8 [height, width, 3]; the arguments are float32 scalars in pixels."""

@@ -25,7 +25,8 @@ class Source:
 
     `names` are unique and "/"-separated; `stamps` change when an item's content does; `sizes` are bytes, estimated
     where items are encoded on the way. `read(i)` gives the encoded image and its class number, -1 for none, and
-    raises images.ImageError where there is nothing to read. `read_mask(i)` gives its mask, a PNG, or None.
+    raises images.ImageError where there is nothing to read. `read_annotations(i)` gives the annotations that lie
+    beside it, by kind, unchecked.
     """
 
     title: str
@@ -34,7 +35,7 @@ class Source:
     sizes: Sequence[int]
     classes: tuple[str, ...]
     read: Callable[[int], tuple[bytes, int]]
-    read_mask: Callable[[int], bytes | None] = lambda _i: None
+    read_annotations: Callable[[int], dict[str, bytes]] = lambda _i: {}
 
 
 def open_source(source: str, downloads: Path, *, key: str = "source") -> Source:
@@ -106,25 +107,25 @@ def _folder(root: Path, title: str) -> Source:
     listed: list[tuple[Path, str, os.stat_result]] = []
     for path, name in files.walk(root):
         try:
-            if not files.may_be_image(name):
+            if not files.may_be_sample(name):
                 with open(path, "rb") as file:
                     images.sniff(file.read(16))
             listed.append((path, name, path.stat()))
         except (images.ImageError, OSError) as error:
             left_out.add(name, getattr(error, "strerror", None) or str(error))
-    listed, masks = files.apart(listed, lambda file: file[1], left_out)
+    listed, beside = files.apart(listed, lambda file: file[1], left_out)
     left_out.close()
     names = [name for _, name, _ in listed]
-    together = [[file[2] for file in pair if file] for pair in zip(listed, masks, strict=True)]
+    together = [{"": file, **found} for file, found in zip(listed, beside, strict=True)]
     labels, classes = label_by_folder(names)
     return Source(
         title=title,
         names=names,
-        stamps=[" ".join(files.stamp(stat) for stat in stats) for stats in together],
-        sizes=[sum(stat.st_size for stat in stats) for stats in together],
+        stamps=[" ".join(f"{kind}{files.stamp(file[2])}" for kind, file in sample.items()) for sample in together],
+        sizes=[sum(file[2].st_size for file in sample.values()) for sample in together],
         classes=classes,
         read=lambda i: (files.read_file(listed[i][0]), labels[i]),
-        read_mask=lambda i: files.read_file(mask[0]) if (mask := masks[i]) else None,
+        read_annotations=lambda i: {kind: files.read_file(file[0]) for kind, file in beside[i].items()},
     )
 
 
@@ -141,16 +142,16 @@ def _zip(path: Path, title: str) -> Source:
         if entry.flag_bits & 1:
             raise ConfigError(f"{title}: is encrypted; unpack it and give the folder")
         try:
-            if not files.may_be_image(entry.filename):
+            if not files.may_be_sample(entry.filename):
                 with archive.open(entry) as file:
                     images.sniff(file.read(16))
             entries.append(entry)
         except (images.ImageError, *DAMAGED_ZIP) as error:
             left_out.add(entry.filename, str(error))
     entries = sorted({entry.filename: entry for entry in entries}.values(), key=lambda entry: entry.filename)
-    entries, masks = files.apart(entries, lambda entry: entry.filename, left_out)
+    entries, beside = files.apart(entries, lambda entry: entry.filename, left_out)
     left_out.close()
-    together = [[entry for entry in pair if entry] for pair in zip(entries, masks, strict=True)]
+    together = [{"": entry, **found} for entry, found in zip(entries, beside, strict=True)]
     names = files.without_common_top([entry.filename for entry in entries])
     labels, classes = label_by_folder(names)
 
@@ -163,11 +164,11 @@ def _zip(path: Path, title: str) -> Source:
     return Source(
         title=title,
         names=names,
-        stamps=[" ".join(f"{entry.file_size}:{entry.CRC}" for entry in both) for both in together],
-        sizes=[sum(entry.file_size for entry in both) for both in together],
+        stamps=[" ".join(f"{kind}{x.file_size}:{x.CRC}" for kind, x in sample.items()) for sample in together],
+        sizes=[sum(entry.file_size for entry in sample.values()) for sample in together],
         classes=classes,
         read=lambda i: (bytes_of(entries[i]), labels[i]),
-        read_mask=lambda i: bytes_of(mask) if (mask := masks[i]) else None,
+        read_annotations=lambda i: {kind: bytes_of(entry) for kind, entry in beside[i].items()},
     )
 
 

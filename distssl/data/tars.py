@@ -1,4 +1,5 @@
-"""One WebDataset tar, read member by member: where each sample's image lies, its size in pixels, its label.
+"""One WebDataset tar, read member by member: where each sample's image lies, its size in pixels, its label,
+where its annotations lie.
 
 Samples are grouped as webdataset does it: the key is a member's path up to the first dot of its basename, consecutive
 members with one key are one sample. Nothing in a tar is fatal: what cannot be used is named in `Scan.rejected`.
@@ -13,11 +14,11 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import braceexpand
 
-from distssl.data import images
+from distssl.data import annotations, images
 from distssl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_IMAGE_BYTES = 1 << 30
-MASK = "mask.png"  # the class of each pixel, 255 for none
 NUM_CLASSES_LIMIT = 1 << 20  # a label above this is an id of something, not a class
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset leaves these out too
@@ -45,15 +45,16 @@ class Rejected:
 
 @dataclasses.dataclass
 class Scan:
-    """One tar's samples, in tar order: (key, offset, size, height, width, label, mask_offset, mask_size).
+    """One tar's samples, in tar order: (key, offset, size, height, width, label) and, in the order of
+    annotations.KINDS, (offset, size) of each kind.
 
-    Offsets and sizes in bytes; a sample without a mask has size 0 for it.
+    Offsets and sizes in bytes; a sample without an annotation has size 0 for it.
     """
 
-    rows: list[tuple[str, int, int, int, int, int, int, int]] = dataclasses.field(default_factory=list)
+    rows: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
     rejected: list[Rejected] = dataclasses.field(default_factory=list)
     bad_labels: int = 0  # samples kept without their label because it is no class number
-    bad_masks: int = 0  # samples kept without their mask because it is no image of the same size
+    bad_annotations: list[Rejected] = dataclasses.field(default_factory=list)  # left out of samples kept; kind: theirs
     num_bytes: int = 0
     sha256: str = ""
 
@@ -213,7 +214,8 @@ class _Scanner:
             return
         label = self._label(sample.get("cls"))
         place = (_printable(key), member.offset_data, member.size)
-        self.result.rows.append((*place, header.height, header.width, label, *self._mask(sample.get(MASK), header)))
+        found = [self._annotation(key, kind, sample, header) for kind in annotations.KINDS]
+        self.result.rows.append((*place, header.height, header.width, label, *(at for place in found for at in place)))
 
     def _label(self, member: tarfile.TarInfo | None) -> int:
         if member is None:
@@ -228,17 +230,21 @@ class _Scanner:
         self.result.bad_labels += 1
         return -1
 
-    def _mask(self, member: tarfile.TarInfo | None, image: images.Header) -> tuple[int, int]:
-        """Offset and size of a mask as large as its image, (0, 0) for none."""
+    def _annotation(
+        self, key: str, kind: str, sample: dict[str, tarfile.TarInfo], image: images.Header
+    ) -> tuple[int, int]:
+        """Offset and size of a sample's annotation, (0, 0) where there is none that can be used."""
+        member = sample.get(annotations.MEMBERS[kind])
         if member is None:
             return 0, 0
-        try:
-            header = images.read_header(self._read(member)) if member.size <= MAX_IMAGE_BYTES else None
-        except images.ImageError:
-            header = None
-        if header is not None and (header.height, header.width) == (image.height, image.width):
+        if member.size > annotations.MAX_BYTES:
+            problem = f"{member.size} bytes is more than {annotations.MAX_BYTES}"
+        else:
+            problem = annotations.problem(kind, self._read(member), image.height, image.width)
+        if problem is None:
             return member.offset_data, member.size
-        self.result.bad_masks += 1
+        bad = Rejected(self.shard, member.offset_data, _printable(key), kind, problem)
+        self.result.bad_annotations.append(bad)
         return 0, 0
 
     def _read(self, member: tarfile.TarInfo) -> bytes:

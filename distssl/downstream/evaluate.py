@@ -1,133 +1,240 @@
-"""What a backbone is worth on labelled images: rows of (backbone, task, number of labels, accuracy)."""
+"""What a backbone is worth on labelled images: each task by one recipe for every backbone, as rows of figures.
+
+Backbones: *random*, the run's network as initialised; *pretrained*, its newest checkpoint; *supervised*, the same
+network trained on the labels from its initialisation. Tasks on frozen features take a supervised backbone that has
+learned from all training labels. Tasks that train a network train it whole, but for the random backbone, of which only
+the head learns: its row says what the architecture gives by itself.
+"""
 
 from __future__ import annotations
 
-import functools
+import copy
+import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from distssl import atomic, collectives
-from distssl.config import Eval, Run
+from distssl import atomic, collectives, config, method
+from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
-from distssl.downstream import classify, features
+from distssl.downstream import classify, cluster, features, fit, labels, pictures, retrieve
+from distssl.downstream.depth import Depth
 from distssl.downstream.features import Features
-from distssl.errors import ConfigError
+from distssl.downstream.finetune import Finetune
+from distssl.downstream.fit import Fitting, Job
+from distssl.downstream.keypoints import Keypoints
+from distssl.downstream.labels import Labelled
+from distssl.downstream.rows import Row
+from distssl.downstream.segment import Segment
+from distssl.downstream.task import Facts, Network, Recipe
+from distssl.nn.backbones import Backbone
 
-SUMMARY = "summary.json"
+log = logging.getLogger(__name__)
+
 MOST_ONLINE = 5000  # training features of the kNN evaluation during pretraining, and a fifth of it for the test
+FEATURES, FITS = "features", "fits"  # folders in the run folder
+WITH_FEW_LABELS = ("knn", "linear", "finetune")  # tasks evaluated for each of eval.labels
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure. labels: how many were used, None for all. std: over label subsets, 0 where there is one."""
+def network(task: str) -> type[Network]:
+    """The network of one of config.FITTED_TASKS."""
+    if task == "detect":  # torchvision's detectors take seconds to import
+        from distssl.downstream.detect import Detect
 
-    backbone: str  # "pretrained", "random" or "supervised"
-    task: str
-    labels: int | None
-    metric: str
-    value: float
-    std: float = 0.0
-    num_draws: int = 1
+        return Detect
+    return {"finetune": Finetune, "segment": Segment, "depth": Depth, "keypoints": Keypoints}[task]
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Labelled images to train and to test on."""
-
-    train: Dataset
-    train_ids: np.ndarray
-    test: Dataset
-    test_ids: np.ndarray
-
-
-def labelled(train: Dataset, test: Dataset | None) -> Labelled:
-    """Without a test set of its own a fifth of the training set's labels is held out.
-
-    Raises ConfigError where there are no labels, or not the same ones.
-    """
-    if test is not None and test.classes != train.classes:
-        raise ConfigError(
-            f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
-            f"{_some(train.classes)}; the same names in the same order are right"
-        )
-    train_ids = train.labelled_ids()
-    if test is None:
-        train_ids, test_ids = features.split(train_ids)
-    else:
-        test_ids = test.labelled_ids()
-    if not len(train_ids) or not len(test_ids):
-        key = "eval.source" if not len(train_ids) else "eval.test_source"
-        raise ConfigError(f"{key}: has no labelled images; class subfolders, a label column or .cls files are right")
-    return Labelled(train, train_ids, test or train, test_ids)
-
-
-def _some(classes: Sequence[str]) -> str:
-    return f"{len(classes)} ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+def kind(task: str) -> str:
+    """The kind of labels a task learns from."""
+    return labels.LABEL if task in config.FROZEN_TASKS else network(task).kind
 
 
 class Evaluation:
-    """Evaluates backbones of one run, all by the same recipe."""
+    """Evaluates the backbones of one run on one labelled dataset.
 
-    def __init__(self, run: Run, data: Labelled, context: Context) -> None:
-        self.cfg: Eval = run.eval
-        self.data = data
-        self.context = context
+    trained: the method at a checkpoint, for the pretrained rows.
+    """
+
+    def __init__(
+        self, run: Run, context: Context, train: Dataset, test: Dataset | None, trained: method.Method | None = None
+    ) -> None:
+        self.run, self.cfg, self.context = run, run.eval, context
+        self.train, self.test = train, test
+        self.trained = trained
         self.how = features.Extraction.of_run(run, context.device)
+        self.name = _plain_name(run.eval.source or run.data.source)
 
-    def online(self, backbone: torch.nn.Module) -> dict[str, float]:
+    def possible(self) -> list[str]:
+        """The tasks for which the dataset has labels."""
+        return [task for task in config.TASKS if labels.has(self.train, kind(task))]
+
+    def labelled(self, kind: str) -> Labelled:
+        """Raises ConfigError where there are no labels of this kind."""
+        key = "eval.source" if self.cfg.source else "data.source"
+        return labels.find(self.train, self.test, kind, self.name, key)
+
+    def online(self, backbone: Backbone) -> dict[str, float]:
         """kNN accuracy on at most MOST_ONLINE images, for a point on the training curve. Every rank calls it."""
-        train = self._extract(backbone, self.data.train, features.subset(self.data.train_ids, MOST_ONLINE, seed=0))
-        test = self._extract(backbone, self.data.test, features.subset(self.data.test_ids, MOST_ONLINE // 5, seed=0))
-        return {"knn": classify.knn(train, test, neighbours=self.cfg.neighbours)}
+        data = self.labelled(labels.LABEL)
+        ids = labels.subset(data.train_ids, MOST_ONLINE, 0), labels.subset(data.test_ids, MOST_ONLINE // 5, 0)
+        train, test = (
+            features.extract(backbone, dataset, some, self.how, self.context)
+            for dataset, some in zip((data.train, data.test), ids, strict=True)
+        )
+        return {"knn": classify.knn(train, test, neighbours=self.cfg.neighbours, context=self.context)["accuracy"]}
 
-    def rows(self, name: str, backbone: torch.nn.Module, tasks: Sequence[str]) -> list[Row]:
-        """The rows of one backbone. Every rank calls it and gets them."""
-        train = self._extract(backbone, self.data.train, self.data.train_ids)
-        test = self._extract(backbone, self.data.test, self.data.test_ids)
-        rows = self._score(name, train, test, tasks) if self.context.rank == 0 else []
-        return collectives.broadcast_object(rows)
+    def rows(self, tasks: Sequence[str], backbones: Sequence[str]) -> Iterator[list[Row]]:
+        """Backbone by backbone and task by task, the figures as they are there. Every rank calls it and gets them."""
+        for name in backbones:
+            for task in tasks:
+                yield self._rows(name, task)
+            if any(task in config.FROZEN_TASKS for task in tasks):
+                self._draw(name)
 
-    def _extract(self, backbone: torch.nn.Module, dataset: Dataset, ids: np.ndarray) -> Features:
-        return features.extract(backbone, dataset, ids, self.how, self.context)
+    def backbone(self, name: str, seed: int = 0) -> Backbone:
+        """A copy of one of the backbones; the random one has other weights for another seed."""
+        if name == "pretrained":
+            assert self.trained is not None
+            return copy.deepcopy(self.trained.evaluated())
+        if name == "supervised":
+            return self._supervised()
+        return method.build(self.run.model_copy(update={"seed": self.run.seed + seed})).evaluated()
 
-    def _score(self, name: str, train: Features, test: Features, tasks: Sequence[str]) -> list[Row]:
-        score = {
-            "knn": functools.partial(classify.knn, neighbours=self.cfg.neighbours),
-            "linear": functools.partial(classify.linear, inverse_l2=self.cfg.inverse_l2),
-        }
-        rows = []
-        for task in tasks:
-            for num in self.cfg.labels:
-                whole = num is None or num >= len(train.ids)
-                draws = 1 if whole else self.cfg.num_draws
-                values = [score[task](_pick(train, None if whole else num, seed), test) for seed in range(draws)]
-                mean, std = float(np.mean(values)), float(np.std(values, ddof=1)) if draws > 1 else 0.0
-                rows.append(Row(name, task, None if whole else num, "accuracy", mean, std, draws))
-        return list(dict.fromkeys(rows))  # more labels asked for than there are is "all" once more
+    def figure(
+        self,
+        task: str,
+        name: str,
+        how_many: int | str | None,
+        seed: int,
+        report: fit.Report | None = None,
+        every: int | None = None,
+    ) -> dict[str, float]:
+        """The metrics of one backbone on one task with so many labels. Every rank calls it and gets them.
+
+        report: called with the step and the metrics after each `every` steps, where a network is trained.
+        """
+        if task in config.FITTED_TASKS:
+            return self._fitted(task, name, how_many, seed, report, every)
+        train, test = self._features(name)
+        few = train.only(labels.few(train.ids, train.labels, how_many, seed))
+        if task == "knn":
+            return classify.knn(few, test, neighbours=self.cfg.neighbours, context=self.context)
+        if task == "linear":
+            return classify.linear(few, test, inverse_l2=self.cfg.inverse_l2, context=self.context)
+        if task == "retrieval":
+            return retrieve.retrieve(few, test, self.context)
+        return cluster.agreement(cluster.cluster(test, self.context, seed), test.labels)
+
+    def _features(self, name: str) -> tuple[Features, Features]:
+        """Of the training and the test images, by a backbone."""
+        data, backbone = self.labelled(labels.LABEL), self.backbone(name)
+        train, test = (
+            features.extract(backbone, dataset, ids, self.how, self.context, self.context.run_dir / FEATURES)
+            for dataset, ids in ((data.train, data.train_ids), (data.test, data.test_ids))
+        )
+        return train, test
+
+    def _rows(self, name: str, task: str) -> list[Row]:
+        """A row for each number of labels and metric, over seeds."""
+        data = self.labelled(kind(task))
+        rows: dict[int | None, list[Row]] = {}
+        for how_many in self.cfg.labels if task in WITH_FEW_LABELS else (None,):
+            number = len(self._few(data, kind(task), how_many, 0))
+            number = None if number == len(data.train_ids) else number
+            draws_labels = task in ("knn", "linear") and number is not None
+            seeds = self.cfg.num_seeds if draws_labels or task not in ("knn", "linear", "retrieval") else 1
+            found = [self.figure(task, name, how_many, seed) for seed in range(seeds)]
+            rows[number] = [
+                Row(name, task, number, metric, tuple(metrics[metric] for metrics in found), self.name)
+                for metric in found[0]
+            ]
+        return [row for group in rows.values() for row in group]
+
+    def _draw(self, name: str) -> None:
+        """Pictures of what the features do, by rank 0."""
+        data, (train, test) = self.labelled(labels.LABEL), self._features(name)
+        clusters = cluster.cluster(test, self.context, seed=0)
+        if self.context.rank == 0:
+            pictures.neighbours(self.context, data, train, test, self.how, name)
+            pictures.clusters(self.context, data, clusters, test, self.how, name)
+            if name == "pretrained":
+                pictures.projector(self.context, data, test, self.how)
+        collectives.barrier()
+
+    def _fitted(
+        self, task: str, name: str, how_many: int | str | None, seed: int, report: fit.Report | None, every: int | None
+    ) -> dict[str, float]:
+        """From the job's folder where it was done before."""
+        job, recipe, data = self._job(task, name, how_many, seed)
+        with atomic.one_writer(job.folder, self.context.rank):
+            found = fit.result(job.folder)
+            if found is None:
+                fitting = self._fitting(task, name, job, recipe, data)
+                fitting.run(report, every)
+                found = fitting.score()
+                if seed == 0 and self.context.rank == 0:
+                    pictures.of_network(self.context, fitting, task, name, self.name)
+                fit.finish(job.folder, found, self.context)
+            elif report:
+                fit.repeat_reports(job.folder, report)
+        return found
+
+    def _supervised(self) -> Backbone:
+        """The network trained on all labels, of which the checkpoint is kept."""
+        job, recipe, data = self._job("finetune", "supervised", None, 0)
+        fitting = self._fitting("finetune", "supervised", job, recipe, data)
+        fitting.run()
+        return fitting.network.backbone
+
+    def _job(self, task: str, name: str, how_many: int | str | None, seed: int) -> tuple[Job, Recipe, Labelled]:
+        data = self.labelled(kind(task))
+        recipe = self._recipe(task, name)
+        ids = self._few(data, kind(task), how_many, seed)
+        facts = [task, name, seed, recipe, data.train.fingerprint, data.test.fingerprint, self.cfg.num_classes]
+        facts += [ids.tolist(), data.test_ids.tolist(), features.parameters_digest(self._start(name, seed))]
+        digest = hashlib.sha256(json.dumps(facts, default=dataclasses.asdict).encode()).hexdigest()[:12]
+        title = f"{task} on {len(ids)} of {self.name}, {name} backbone, seed {seed}"
+        folder = self.context.run_dir / FITS / f"{task}_{self.name}_{name}_{len(ids)}_seed{seed}_{digest}"
+        return Job(title, folder, data.train, ids, data.test, data.test_ids, seed), recipe, data
+
+    def _fitting(self, task: str, name: str, job: Job, recipe: Recipe, data: Labelled) -> Fitting:
+        chosen = network(task)
+        facts = self._facts(chosen, data)
+        built = method.seeded(self.run.seed + job.seed, lambda: chosen(self._start(name, job.seed), facts, recipe))
+        return Fitting(built, job, self.how, self.context)
+
+    def _start(self, name: str, seed: int) -> Backbone:
+        """What a network begins with: for the supervised rows too that is the untrained backbone."""
+        return self.backbone("random" if name == "supervised" else name, seed)
+
+    def _recipe(self, task: str, name: str) -> Recipe:
+        own = network(task).recipe
+        if task == "finetune":
+            own = dataclasses.replace(own, size_px=self.how.size_px, crop=self.how.crop)
+        asked = own.asked(self.cfg.fit)
+        trained = {"random": "head", "supervised": "all"}.get(name, asked.trained)
+        return dataclasses.replace(asked, trained=trained)
+
+    def _facts(self, chosen: type[Network], data: Labelled) -> Facts:
+        if chosen.kind == "keypoints":
+            points = labels.keypoints(data.train, data.train_ids[:1])
+            return Facts(num_points=len(points[int(data.train_ids[0])]))
+        if chosen.kind == "depth":
+            return Facts()
+        asked = self.cfg.num_classes if chosen.kind != labels.LABEL else None
+        return Facts(num_classes=asked or labels.num_classes(data.train, data.train_ids, chosen.kind))
+
+    def _few(self, data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:
+        classes = data.train.rows(data.train_ids).label if kind == labels.LABEL else np.zeros(len(data.train_ids))
+        return labels.few(data.train_ids, classes, how_many, seed)
 
 
-def _pick(train: Features, num: int | None, seed: int) -> Features:
-    if num is None:
-        return train
-    here = np.isin(train.ids, features.subset(train.ids, num, seed))
-    return Features(train.ids[here], train.x[here], train.labels[here])
-
-
-def write_summary(run_dir: Path, rows: Sequence[Row]) -> list[Row]:
-    """Add rows to summary.json in the run folder, each in the place of an older one of its kind; all rows there."""
-    merged = {(row.backbone, row.task, row.labels): row for row in [*read_summary(run_dir), *rows]}
-    with atomic.replacing(run_dir / SUMMARY) as file:
-        file.write_text(json.dumps({"rows": [asdict(row) for row in merged.values()]}, indent=1) + "\n")
-    return list(merged.values())
-
-
-def read_summary(run_dir: Path) -> list[Row]:
-    """The rows of summary.json, [] where there is none."""
-    path = run_dir / SUMMARY
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+def _plain_name(source: str) -> str:
+    """A dataset's name for tables and files."""
+    return Path(source.rstrip("/")).name.split(".")[0].replace(":", "-").replace("*", "")

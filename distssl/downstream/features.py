@@ -1,38 +1,84 @@
-"""Features of a dataset's labelled images by a frozen backbone, through the same shards and DALI graphs as training."""
+"""Features of a dataset's labelled images by a frozen backbone, through the same shards and DALI graphs as training.
+
+No rank holds all of them: each embeds its share, in batches that are the same at any number of ranks, and writes its
+rows into one file in the run folder, which all of them read by blocks. The file is named by what it is a function of
+(parameters, dataset, ids, crop), so it is made once.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from distssl import collectives, method
+from distssl import atomic, collectives, method
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import augment, draws
+from distssl.data import augment
+from distssl.data.graph import Views
 from distssl.data.loader import Loader, Request
 from distssl.data.quarantine import Quarantine
 from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
+from distssl.errors import ConfigError
 from distssl.nn import precision
+from distssl.nn.backbones import Backbone
 
-Embed = Callable[[torch.Tensor], torch.Tensor]  # images [n, 3, S, S] -> [n, D]
+Embed = Callable[[Tensor], Tensor]  # images [n, 3, S, S] -> [n, D]
 
 BATCH_SIZE = 256
-SPLIT_SEED = 0x5EED  # of the fifth of the labels kept for the test, the same for every run
+BLOCK = 8192  # rows of features looked at together
+ROWS, META = "x.npy", "features.json"
 
 
 @dataclass(frozen=True)
 class Features:
-    """ids: int64 [N], ascending. x: float32 [N, D]. labels: int64 [N]."""
+    """ids: int64 [N], ascending. labels: int64 [N]. Row i's feature is row `at[i]` of `x`, float32 [M, D]."""
 
     ids: np.ndarray
-    x: np.ndarray
     labels: np.ndarray
+    x: np.ndarray  # in memory, or mapped from a file
+    at: np.ndarray  # int64 [N]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def block(self, first: int, last: int) -> Tensor:
+        """float32 [last - first, D]."""
+        return torch.from_numpy(np.asarray(self.x[self.at[first:last]]))
+
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Tensor]]:
+        """(first row, float32 [n, D]) of all rows."""
+        for first in range(0, len(self), size):
+            yield first, self.block(first, first + size)
+
+    def only(self, ids: np.ndarray) -> Features:
+        """Those of some ids."""
+        here = np.isin(self.ids, ids)
+        return replace(self, ids=self.ids[here], labels=self.labels[here], at=self.at[here])
+
+    def mean(self) -> Tensor:
+        """float32 [D]."""
+        total = sum(block.sum(0, dtype=torch.float64) for _, block in self.blocks())
+        return (torch.as_tensor(total) / len(self)).float()
+
+    def all(self) -> np.ndarray:
+        """float32 [N, D]. Raises ConfigError where they would take more than half of the free memory."""
+        num_bytes, free = len(self) * self.x.shape[1] * self.x.itemsize, _free_memory()
+        if num_bytes > free / 2:
+            raise ConfigError(
+                f"eval.labels: {len(self)} features take {num_bytes >> 20} MB of the {free >> 20} MB that are free; "
+                "fewer labels, or the task knn, which reads them by blocks, are right"
+            )
+        return self.block(0, len(self)).numpy()
 
 
 @dataclass(frozen=True)
@@ -58,78 +104,134 @@ class Extraction:
         )
 
 
-def split(ids: np.ndarray, test_share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """Part ids into train and test by a hash of each, so that neither depends on the others."""
-    test = draws.hash64(SPLIT_SEED, ids) < np.uint64(test_share * 2**64)
-    return ids[~test], ids[test]
-
-
-def subset(ids: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """num of the ids by a hash of each, ascending; a smaller subset of one seed is part of a larger one."""
-    return np.sort(ids[np.argsort(draws.hash64(SPLIT_SEED, seed, ids), kind="stable")[:num]])
-
-
 def extract(
-    backbone: torch.nn.Module, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context
+    backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, cache: Path | None = None
 ) -> Features:
-    """The features of ids (int64 [N], ascending), each rank doing its share; every rank gets all of them.
+    """The features of ids (int64 [N], ascending). Every rank calls it.
 
-    Samples that cannot be decoded are named in the log and left out.
+    cache: the folder that keeps them; without one every rank holds all of them. Samples that cannot be decoded are
+    named in the log and left out.
     """
     backbone.to(context.device, precision.parameter_dtype(how.dtype)).eval()
-    done_ids, done_labels, done_x = [np.empty(0, np.int64)], [np.empty(0, np.int64)], []
-    for batch, x in share(backbone, dataset, ids, how, context, Quarantine()):
-        done_ids.append(batch["id"].cpu().numpy())
-        done_labels.append(batch["label"].cpu().numpy())
-        done_x.append(x.float().cpu().numpy())
-    parts = collectives.gather_objects((np.concatenate(done_ids), done_x, np.concatenate(done_labels)))
-    return Features(
-        np.concatenate([part[0] for part in parts]),
-        np.concatenate([x for part in parts for x in part[1]]),
-        np.concatenate([part[2] for part in parts]),
-    )
+    if cache is None:
+        return _in_memory(backbone, dataset, ids, how, context)
+    folder = cache / _fingerprint(backbone, dataset, ids, how)
+    with atomic.one_writer(folder, context.rank):
+        if not collectives.broadcast_object((folder / META).exists()):
+            _write(backbone, dataset, ids, how, context, folder)
+    done = np.array(json.loads((folder / META).read_text())["ids"], np.int64)
+    at = np.searchsorted(ids, done)
+    return Features(done, dataset.rows(done).label.astype(np.int64), np.load(folder / ROWS, mmap_mode="r"), at)
+
+
+def _in_memory(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context) -> Features:
+    done, x = [np.empty(0, np.int64)], [np.empty((0, backbone.num_features), np.float32)]
+    for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
+        done.append(batch["id"].cpu().numpy())
+        x.append(features.float().cpu().numpy())
+    parts = collectives.gather_objects((np.concatenate(done), np.concatenate(x)))
+    all_ids, all_x = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    return Features(all_ids, dataset.rows(all_ids).label.astype(np.int64), all_x, np.arange(len(all_ids)))
+
+
+def _write(
+    backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, folder: Path
+) -> None:
+    """Each rank its rows; features.json is written last."""
+    shape = len(ids), backbone.num_features
+    if context.rank == 0:
+        atomic.require_free(folder, shape[0] * shape[1] * 4)
+        np.lib.format.open_memmap(folder / ROWS, "w+", np.float32, shape)
+    collectives.barrier()
+    x = np.lib.format.open_memmap(folder / ROWS, "r+")
+    done = [np.empty(0, np.int64)]
+    for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
+        done.append(batch["id"].cpu().numpy())
+        x[np.searchsorted(ids, done[-1])] = features.float().cpu().numpy()
+    x.flush()
+    usable = np.concatenate(collectives.gather_objects(np.concatenate(done)))
+    if context.rank == 0:
+        with atomic.replacing(folder / META) as file:
+            file.write_text(json.dumps({"ids": usable.tolist()}))
+    collectives.barrier()
+
+
+def _free_memory() -> int:
+    """Bytes that a process could take."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) << 10
+
+
+def _fingerprint(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction) -> str:
+    digest = hashlib.sha256(f"{dataset.fingerprint} {how.size_px} {how.crop} {how.dtype}".encode())
+    digest.update(np.ascontiguousarray(ids).tobytes())
+    digest.update(parameters_digest(backbone).encode())
+    return digest.hexdigest()[:16]
+
+
+def parameters_digest(module: torch.nn.Module) -> str:
+    """What changes with any parameter or buffer."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def share(
     embed: Embed, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, bad: Quarantine
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """This rank's share of ids (int64 [N], ascending), batch by batch: "id" and "label" int64 [n], features [n, D].
 
     Batches are the same at every number of ranks, so features are too. Samples that cannot be decoded go into `bad`.
     """
-    num_batches = -(-len(ids) // BATCH_SIZE)
-    first, last = (num_batches * rank // context.world_size for rank in (context.rank, context.rank + 1))
-    mine = ids[first * BATCH_SIZE : last * BATCH_SIZE]
-    for batch in _images(dataset, mine, how, context, bad):
+    mine = ids_of_rank(ids, BATCH_SIZE, context)
+    for batch in batches(dataset, mine, functools.partial(_views, how), how, context, bad):
         with torch.no_grad(), precision.autocast(how.dtype, context.device):
             x = embed(batch["image"].to(precision.parameter_dtype(how.dtype)))
         yield batch, x
 
 
-def crops(dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context) -> dict[int, torch.Tensor]:
+def ids_of_rank(ids: np.ndarray, batch_size: int, context: Context) -> np.ndarray:
+    """This rank's share in whole batches, which are the same at every number of ranks."""
+    num_batches = -(-len(ids) // batch_size)
+    first, last = (num_batches * rank // context.world_size for rank in (context.rank, context.rank + 1))
+    return ids[first * batch_size : last * batch_size]
+
+
+def crops(dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context) -> dict[int, Tensor]:
     """The evaluation crops of a few samples by id, [3, S, S] each, normalised; without those that cannot be decoded."""
     found = {}
-    for batch in _images(dataset, ids, how, context, Quarantine()):
+    for batch in batches(dataset, ids, functools.partial(_views, how), how, context, Quarantine()):
         found |= dict(zip(batch["id"].tolist(), batch["image"].cpu(), strict=True))
     return found
 
 
-def _images(
-    dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, bad: Quarantine
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Evaluation crops of ids in batches of BATCH_SIZE."""
+def batches(
+    dataset: Dataset,
+    ids: np.ndarray,
+    views: Views,
+    how: Extraction,
+    context: Context,
+    bad: Quarantine,
+    *,
+    batch_size: int = BATCH_SIZE,
+    target: str | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Views of ids in batches, without augmentation's draws changing from one call to the next."""
     loader = Loader(
         dataset,
-        functools.partial(_views, how),
+        views,
         seed=0,
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         threads=how.threads,
         device=context.device,
         max_pixels=how.max_pixels,
         quarantine=bad,
+        target=target,
     )
-    starts = range(0, len(ids), BATCH_SIZE)
-    yield from loader.batches(Request(ids[start : start + BATCH_SIZE]) for start in starts)
+    starts = range(0, len(ids), batch_size)
+    yield from loader.batches(Request(ids[start : start + batch_size]) for start in starts)
 
 
 def _views(how: Extraction, sample: Sample) -> dict[str, Any]:

@@ -58,6 +58,12 @@ class Grey(backbones.Backbone):
     def _features(self, x: Tensor) -> Tensor:
         return self._backbone().features(grey(x))
 
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        return self._backbone().pyramid(grey(x))
+
+    def stages(self) -> dict[str, int]:
+        return {f"net.{name}": stage for name, stage in self._backbone().stages().items()}
+
     def _backbone(self) -> backbones.Backbone:
         assert isinstance(self.net, backbones.Backbone)
         return self.net

@@ -28,7 +28,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from distssl import collectives, method
-from distssl.data import augment, images
+from distssl.data import annotations, augment
 from distssl.data.augment import Crop
 from distssl.nn import contrastive, decoders, lab, segments
 from distssl.nn.precision import full_precision
@@ -139,7 +139,7 @@ class SegSort(method.Method):
         x = F.normalize(torch.cat([v, cfg.location * where], dim=2), dim=2)
         start = segments.grid(side, side, cfg.grid, v.device)
         cluster = segments.kmeans(x, start, cfg.grid**2, cfg.iterations, spherical=True)
-        pairs = torch.where(label == images.NO_CLASS, -1, cluster * NUM_CLASSES + label)
+        pairs = torch.where(label == annotations.NO_CLASS, -1, cluster * NUM_CLASSES + label)
         found = segments.numbered(pairs, cfg.most_segments)
         means, counts = segments.means(label[..., None].double(), found, cfg.most_segments)
         return found, torch.where(counts > 0, means[..., 0].round().long(), NONE)

@@ -11,11 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distssl.errors import ConfigError
+from distssl.nn import sobel_filter
 from distssl.nn.micro_batches import MicroBatches
 
 STEMS = ("7x7_s2_pool", "3x3_s2", "3x3_s1")
@@ -52,6 +52,17 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x)
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """Images [N, 3, H, W] -> feature maps [N, C, h, w], largest first; the last is `feature_map`'s.
+
+        A ResNet gives one a stage, any other network its feature map alone.
+        """
+        return [self.feature_map(x)]
+
+    @abstractmethod
+    def stages(self) -> dict[str, int]:
+        """The stage of each parameter, by its name: 0 is nearest to the image."""
 
     @abstractmethod
     def _feature_map(self, x: Tensor) -> Tensor: ...
@@ -140,10 +151,16 @@ class ResNet(nn.Module):
         self._initialise(zero_init_residual, "bn2" if block == "BasicBlock" else "bn3")
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x)[-1]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The output of each stage."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        found = []
         for name in self.stages:
             x = self.get_submodule(name)(x)
-        return x
+            found.append(x)
+        return found
 
     def _initialise(self, zero_init_residual: bool, last_norm: str) -> None:
         for name, module in self.named_modules():
@@ -160,29 +177,22 @@ class Convolutional(Backbone):
         super().__init__(net, num_features)
         self.front = front
 
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        return self.net.maps(self.front(x)) if isinstance(self.net, ResNet) else super().pyramid(x)
+
+    def stages(self) -> dict[str, int]:
+        tops = ["conv1 bn1", *self.net.stages] if isinstance(self.net, ResNet) else _layers(self.net)
+        number = {prefix: i for i, prefixes in enumerate(tops) for prefix in prefixes.split()}
+        return {
+            name: next(stage for prefix, stage in number.items() if name.startswith(f"net.{prefix}."))
+            for name, _ in self.named_parameters()
+        }
+
     def _feature_map(self, x: Tensor) -> Tensor:
         return self.net(self.front(x))
 
     def _features(self, x: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(self._feature_map(x), 1).flatten(1)  # [N, D]
-
-
-class Sobel(nn.Module):
-    """Images [N, 3, H, W] -> [N, 2, H, W]: the grey image's slopes to the right and downwards, by fixed kernels.
-
-    DeepCluster's input: without colour clusters are not of colour (Caron et al., ECCV 2018, section 3.3, and its code).
-    Grey is the mean of the channels. Nothing of it is trained or in a state_dict.
-    """
-
-    kernels: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        right = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-        self.register_buffer("kernels", torch.stack([right, right.T])[:, None], persistent=False)  # [2, 1, 3, 3]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
 
 
 class Timm(Backbone):
@@ -198,6 +208,24 @@ class Timm(Backbone):
 
     def _features(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+    def stages(self) -> dict[str, int]:
+        from timm.models import group_parameters
+
+        matcher = self.net.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
+        grouped = group_parameters(self.net, matcher, reverse=True)
+        return {f"net.{name}": stage for name, stage in grouped.items()}  # pyright: ignore[reportReturnType]
+
+
+def _layers(net: nn.Module) -> list[str]:
+    """The modules of a plain network that hold parameters of their own, in their order; a norm goes with its layer."""
+    layers: list[str] = []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layers.append(name)
+        elif list(module.parameters(recurse=False)):
+            layers[-1] += f" {name}"
+    return layers
 
 
 def _build_resnet(name: str, stem: str, sobel: bool, options: dict[str, Any]) -> Backbone:
@@ -216,7 +244,7 @@ def _build_resnet(name: str, stem: str, sobel: bool, options: dict[str, Any]) ->
 
 
 def _front(sobel: bool) -> nn.Module:
-    return Sobel() if sobel else nn.Identity()
+    return sobel_filter.Sobel() if sobel else nn.Identity()
 
 
 def _build_plain(name: str, sobel: bool) -> Backbone:

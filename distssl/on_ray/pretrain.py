@@ -154,7 +154,7 @@ def run(run: Run, folders: Folders, workers: int) -> bool:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise RunError(f"workers failed more than {MOST_FAILURES} times, at last: {_last_line(error)}") from error
+        raise RunError(f"workers failed more than {MOST_FAILURES} times, at last: {last_line(error)}") from error
     finally:
         ray.shutdown()
         outcomes = _outcomes(run.run_dir)
@@ -175,5 +175,6 @@ def _forget(run_dir: Path) -> None:
             path.unlink()
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What an error says at its end: Ray puts a traceback before it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distssl.data import indexing, shards
+from distssl.data import annotations, indexing, shards
 from distssl.data.dataset import NUMBERS, Dataset
 from distssl.errors import ConfigError
 
@@ -25,8 +25,8 @@ def write_index(folder: Path, sizes: list[int], seed: int = 0) -> dict[str, np.n
         "shard": shard,
         "offset": rng.integers(0, 2**40, n),
         "size": rng.integers(1, 2**31, n),
-        "mask_offset": rng.integers(0, 2**40, n),
-        "mask_size": rng.integers(0, 2**31, n),
+        **{names[0]: rng.integers(0, 2**40, n) for names in indexing.PLACES.values()},
+        **{names[1]: rng.integers(0, 2**31, n) for names in indexing.PLACES.values()},
     }
     columns |= {name: rng.integers(-1, 2**14, n, dtype=np.int32) for name in ("height", "width", "label")}
     folder.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def write_index(folder: Path, sizes: list[int], seed: int = 0) -> dict[str, np.n
         "fingerprint": "f",
         "samples": n,
         "labelled": int((columns["label"] >= 0).sum()),
-        "masks": n,
+        "annotated": dict.fromkeys(annotations.KINDS, n),
         "classes": ["a", "b"],
         "shards": [{"path": f"{i}.tar", "bytes": 1, "sha256": "0", "samples": size} for i, size in enumerate(sizes)],
     }
@@ -59,9 +59,12 @@ def test_rows_are_those_of_a_full_read_for_any_ids(tmp_path):
     np.testing.assert_array_equal(dataset.shard_first, [0, 7, 8, 38, 50])
     rng = np.random.default_rng(1)
     for ids in (np.arange(50), rng.permutation(50), rng.integers(0, 50, 200), np.array([49]), np.array([], np.int64)):
-        rows = dataset.rows(ids)
-        for name, column in columns.items():
-            np.testing.assert_array_equal(getattr(rows, name), column[ids])
+        rows = dataset.rows(ids, annotations.KINDS)
+        for kind, (offset, size) in indexing.PLACES.items():
+            np.testing.assert_array_equal(rows.annotation_offset[kind], columns[offset][ids])
+            np.testing.assert_array_equal(rows.annotation_size[kind], columns[size][ids])
+        for name in ("shard", *NUMBERS):
+            np.testing.assert_array_equal(getattr(rows, name), columns[name][ids])
         assert dataset.keys(ids) == [str(i) for i in ids]
     assert rows.offset.dtype == rows.size.dtype == rows.shard.dtype == np.int64
     assert rows.label.dtype == rows.height.dtype == np.int32
@@ -144,7 +147,7 @@ def test_a_damaged_index_is_told(damage, tmp_path):
 def test_later_columns_do_not_disturb(tmp_path):
     columns = write_index(tmp_path, [8])
     table = pq.read_table(tmp_path / indexing.INDEX)
-    wider = table.append_column("boxes_offset", pa.array([1] * 8, pa.int64()))
+    wider = table.append_column("caption_offset", pa.array([1] * 8, pa.int64()))
     pq.write_table(wider, tmp_path / indexing.INDEX)
     np.testing.assert_array_equal(shards.Dataset.open(tmp_path).rows(np.arange(8)).offset, columns["offset"])
 

@@ -27,9 +27,9 @@ def no_source() -> tuple[Any, ...]:
     raise AssertionError("tracing reads no data")
 
 
-def operators(views: graph.Views, device: str) -> list[Any]:
+def operators(views: graph.Views, device: str, target: str | None = None) -> list[Any]:
     """The operators of a traced graph that was never built."""
-    traced = graph.trace(views, no_source, backend=device)
+    traced = graph.trace(views, no_source, backend=device, target=target)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The external source node")
         traced.pipeline._build_graph()
@@ -41,15 +41,17 @@ def evaluation(sample: Sample) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-@pytest.mark.parametrize("name", [*method.names(), "evaluation"])
+@pytest.mark.parametrize("name", [*method.names(), "evaluation", "mask", "depth"])
 def test_every_operator_has_a_kernel_where_it_runs(name: str, device: str) -> None:
     def views(sample: Sample) -> dict[str, Any]:
         if name == "evaluation":
             return evaluation(sample)
+        if name in ("mask", "depth"):
+            return {"target": sample.classes() if name == "mask" else sample.depth()}
         found = method.find(name)
         return found.views(found.Config(), sample)
 
-    found = operators(views, device)
+    found = operators(views, device, name if name in ("mask", "depth") else None)
     names = [op._op.schema.Name() for op in found]
     for operator, op in zip(names, found, strict=True):
         assert operator in REGISTERED[op._op.device], (operator, op._op.device)

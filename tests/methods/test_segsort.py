@@ -87,7 +87,7 @@ def views_of(packed: Path, tmp_path: Path, *settings: str) -> tuple[segsort.SegS
 
 
 def test_masks_move_with_their_images(packed: Path, tmp_path: Path) -> None:
-    assert Dataset.open(packed).num_masks == 32
+    assert Dataset.open(packed).num_annotated == {"mask": 32, "depth": 0, "boxes": 0, "keypoints": 0}
     _, views = views_of(packed, tmp_path, *SUPERVISED)
     image, mask = views["image"], views["mask"]
     assert mask.shape == (16, 1, 32, 32)

@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import nn
 
 from distssl.errors import ConfigError
-from distssl.nn import backbones
+from distssl.nn import backbones, sobel_filter
 
 
 def images(size: int, n: int = 2) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_a_sobel_filter_stands_before_the_network_and_changes_no_name(name: str,
 
 def test_the_sobel_filter_is_scipys() -> None:
     x = images(20).double()
-    ours = backbones.Sobel().double()(x)
+    ours = sobel_filter.Sobel().double()(x)
     grey = x.numpy().mean(1)
     for image, edges in zip(grey, ours.numpy(), strict=True):
         for axis, edge in zip((1, 0), edges, strict=True):

@@ -1,0 +1,193 @@
+"""Which images a task trains and tests on, how few labels are chosen, and annotations that are no images, checked."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distssl.data import annotations, draws
+from distssl.data.shards import Dataset
+from distssl.errors import ConfigError
+
+SPLIT_SEED = 0x5EED  # of the fifth of the labels kept for the test, the same for every run
+MOST_NAMED = 5  # mistakes in one message
+OVERHANG_PX = 1.0  # of a box over the image's edge: annotation tools count pixels in several ways
+
+LABEL = "label"  # a class for the image; other kinds of labels are annotations.KINDS
+WHERE = {
+    LABEL: "class subfolders, a label column or .cls files",
+    "mask": "KEY.mask.png beside each image",
+    "depth": "KEY.depth.png beside each image",
+    "boxes": "KEY.boxes.json beside each image",
+    "keypoints": "KEY.keypoints.json beside each image",
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with one kind of label, to train and to test on; name: of the data, in tables."""
+
+    train: Dataset
+    train_ids: np.ndarray  # int64, ascending
+    test: Dataset
+    test_ids: np.ndarray
+    name: str
+
+
+def has(dataset: Dataset, kind: str) -> bool:
+    """Whether any image of it has such labels."""
+    return bool(dataset.num_labelled if kind == LABEL else dataset.num_annotated[kind])
+
+
+def find(train: Dataset, test: Dataset | None, kind: str, name: str, key: str = "eval.source") -> Labelled:
+    """Without a test set of its own a fifth of the training set's labels is held out.
+
+    Raises ConfigError where there are no labels of this kind, or not the same classes.
+    """
+    if test is not None and kind == LABEL and test.classes != train.classes:
+        raise ConfigError(
+            f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
+            f"{_some(train.classes)}; the same names in the same order are right"
+        )
+    train_ids = _ids(train, kind)
+    train_ids, test_ids = split(train_ids) if test is None else (train_ids, _ids(test, kind))
+    if not len(train_ids) or not len(test_ids):
+        key = key if not len(train_ids) else "eval.test_source"
+        what = "labelled images" if kind == LABEL else f"images with {kind}"
+        raise ConfigError(f"{key}: has no {what}; {WHERE[kind]} are right")
+    return Labelled(train, train_ids, test or train, test_ids, name)
+
+
+def _ids(dataset: Dataset, kind: str) -> np.ndarray:
+    return dataset.labelled_ids() if kind == LABEL else dataset.annotated_ids(kind)
+
+
+def _some(classes: Sequence[str]) -> str:
+    return f"{len(classes)} ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+
+
+def split(ids: np.ndarray, test_share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    """Part ids into train and test by a hash of each, so that neither depends on the others."""
+    test = draws.hash64(SPLIT_SEED, ids) < np.uint64(test_share * 2**64)
+    return ids[~test], ids[test]
+
+
+def subset(ids: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """num of the ids by a hash of each, ascending; a smaller subset of one seed is part of a larger one."""
+    return np.sort(_shuffled(ids, seed)[:num])
+
+
+def few(ids: np.ndarray, classes: np.ndarray, how_many: int | str | None, seed: int) -> np.ndarray:
+    """The ids that a value of eval.labels chooses, ascending: a number, "1%" of them, "10/class", None for all.
+
+    classes: int64 [N], of each id. A subset of one seed is part of a larger one of its kind.
+    """
+    if how_many is None:
+        return ids
+    if isinstance(how_many, str) and how_many.endswith("/class"):
+        num = int(how_many.removesuffix("/class"))
+        return np.sort(np.concatenate([subset(ids[classes == label], num, seed) for label in np.unique(classes)]))
+    if isinstance(how_many, str):
+        how_many = max(1, round(len(ids) * float(how_many.removesuffix("%")) / 100))
+    return subset(ids, how_many, seed)
+
+
+def _shuffled(ids: np.ndarray, seed: int) -> np.ndarray:
+    return ids[np.argsort(draws.hash64(SPLIT_SEED, seed, ids), kind="stable")]
+
+
+class Boxes(NamedTuple):
+    """The boxes of an image: labels int64 [n], corners float32 [n, 4] as x0, y0, x1, y1 in its pixels."""
+
+    labels: Tensor
+    corners: Tensor
+
+
+def boxes(dataset: Dataset, ids: np.ndarray) -> dict[int, Boxes]:
+    """The boxes of images by id. Raises ConfigError for boxes outside their image, of no extent or below 0."""
+    rows = dataset.rows(ids)
+    sizes = dict(zip(ids.tolist(), zip(rows.height.tolist(), rows.width.tolist(), strict=True), strict=True))
+    parsed = _parsed(dataset, ids, "boxes")
+    found = {
+        sample: Boxes(
+            torch.tensor([box["label"] for box in given], dtype=torch.int64),
+            torch.tensor([box["box"] for box in given], dtype=torch.float32).reshape(-1, 4),
+        )
+        for sample, given in parsed.items()
+    }
+    _refuse(dataset, found, lambda sample: _wrong_box(found[sample], *sizes[sample]))
+    return found
+
+
+def _wrong_box(boxes: Boxes, height: int, width: int) -> str | None:
+    x0, y0, x1, y1 = boxes.corners.unbind(1)
+    outside = (x0 < -OVERHANG_PX) | (y0 < -OVERHANG_PX) | (x1 > width + OVERHANG_PX) | (y1 > height + OVERHANG_PX)
+    for wrong, what in (
+        (outside, f"lies outside the image of {width}x{height}"),
+        ((x1 <= x0) | (y1 <= y0), "has no extent"),
+        (boxes.labels < 0, "has a label below 0"),
+    ):
+        if wrong.any():
+            return f"box {boxes.corners[wrong][0].tolist()} {what}"
+    return None
+
+
+def keypoints(dataset: Dataset, ids: np.ndarray) -> dict[int, Tensor]:
+    """The points of images by id: float32 [P, 3] as x, y in the image's pixels, and 1 where visible.
+
+    Raises ConfigError where images have different numbers of points.
+    """
+    found = {
+        sample: torch.tensor(given, dtype=torch.float32).reshape(-1, 3)
+        for sample, given in _parsed(dataset, ids, "keypoints").items()
+    }
+    num = len(next(iter(found.values())))
+    _refuse(dataset, found, lambda sample: None if len(found[sample]) == num else f"{len(found[sample])}, not {num}")
+    return found
+
+
+def _parsed(dataset: Dataset, ids: np.ndarray, kind: str) -> dict[int, list]:
+    """JSON annotations by id; the index has checked their shape."""
+    read = annotations.read(dataset, ids, kind)
+    return {sample: json.loads(data) for sample, data in zip(ids.tolist(), read, strict=True) if data is not None}
+
+
+def _refuse(dataset: Dataset, samples: Iterable[int], wrong: Callable[[int], str | None]) -> None:
+    """Raises ConfigError naming the samples with which something is wrong."""
+    found = [(sample, problem) for sample in samples if (problem := wrong(sample))]
+    if found:
+        name_samples(dataset, found)
+
+
+def name_samples(dataset: Dataset, found: Sequence[tuple[int, str]]) -> None:
+    """Raises ConfigError with a line for each sample and what is wrong with it, the first few."""
+    keys = dataset.keys(np.array([sample for sample, _ in found[:MOST_NAMED]]))
+    lines = [f"{dataset.folder}: {key}: {problem}" for key, (_, problem) in zip(keys, found, strict=False)]
+    more = [f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
+    raise ConfigError(*lines, *more)
+
+
+def num_classes(dataset: Dataset, ids: np.ndarray, kind: str) -> int:
+    """One more than the largest class in the masks or boxes of these images; in label, of the dataset's classes."""
+    if kind == LABEL:
+        return len(dataset.classes)
+    largest = _largest_in_mask if kind == "mask" else _largest_in_boxes
+    return 1 + max((largest(data) for data in annotations.read(dataset, ids, kind) if data is not None), default=0)
+
+
+def _largest_in_mask(data: bytes) -> int:
+    from PIL import Image
+
+    values = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    return int(values.max(initial=0, where=values != 255))
+
+
+def _largest_in_boxes(data: bytes) -> int:
+    return max((box["label"] for box in json.loads(data)), default=0)

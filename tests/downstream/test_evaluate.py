@@ -1,0 +1,121 @@
+"""Rows of an evaluation: every task, the same at two workers, made once, and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distssl import job, method, train
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from distssl.downstream import classify, features, pictures
+from distssl.downstream.evaluate import Evaluation
+from distssl.downstream.rows import Row, read_summary
+from tests import runs
+
+FIT = ["eval.fit.steps=3", "eval.fit.batch=8", "eval.num_seeds=2", 'eval.labels=["3/class", null]']
+CLASSIFYING = ("knn", "linear", "retrieval", "cluster", "finetune")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    return shards.pack(str(runs.photos(folder / "images")), folder / "packed")
+
+
+def trained(run: Run) -> Run:
+    run.run_dir.mkdir(parents=True)
+    with Context(run.run_dir) as context:
+        train.Training(run, context, Dataset.open(Path(run.data.source))).run()
+    return run
+
+
+def evaluated(run: Run) -> list[Row]:
+    with Context(run.run_dir) as context:
+        job.evaluate_run(run, context, None)
+    return read_summary(run.run_dir)
+
+
+def test_every_task_that_the_labels_allow_gives_rows_of_three_backbones(ranks, packed: Path, tmp_path: Path) -> None:
+    run = trained(runs.tiny(packed, tmp_path, *FIT, "train.epochs=1", "train.precision=float64"))
+    rows = evaluated(run)
+    assert {row.task for row in rows} == set(CLASSIFYING)
+    numbers = {row.labels for row in rows if row.task == "finetune"}
+    assert numbers == {12, None}
+    for row in rows:
+        assert all(0 <= value <= 1 for value in row.values) or row.metric == "ari"
+        deterministic = row.task == "retrieval" or (row.task in ("knn", "linear") and row.labels is None)
+        assert len(row.values) == (1 if deterministic else 2)
+    for backbone in ("random", "pretrained", "supervised"):
+        metrics = {(row.task, row.metric) for row in rows if row.backbone == backbone}
+        assert {("finetune", "macro_f1"), ("retrieval", "map"), ("cluster", "ari"), ("knn", "accuracy")} <= metrics
+    listed = json.loads((run.run_dir / "summary.json").read_text())["rows"]
+    assert {row["value"] for row in listed} == {row.value for row in rows}
+    for name in ("neighbours", "clusters"):
+        image = Image.open(run.run_dir / pictures.FOLDER / f"{name}_packed_pretrained.png")
+        assert np.asarray(image).std() > 10
+    kept = np.load(run.run_dir / pictures.FOLDER / pictures.PROJECTOR)
+    assert len(kept["x"]) == len(kept["labels"]) == len(kept["thumbnails"])
+
+    pretrained = [row for row in rows if row.backbone == "pretrained"]
+    for of_rank in ranks(2).run(evaluated_elsewhere, run, tmp_path / "two", timeout_s=150):
+        assert [row.place for row in of_rank] == [row.place for row in pretrained]
+        for ours, theirs in zip(pretrained, of_rank, strict=True):
+            assert theirs.values == pytest.approx(ours.values, abs=0.05)  # a rounding may decide an image or two
+
+
+def evaluated_elsewhere(run: Run, storage: Path) -> list[Row]:
+    """Of the same checkpoint, with a run folder of its own: nothing that another evaluation has kept is used."""
+    with Context(run.run_dir) as context:
+        judge = Evaluation(run, context, Dataset.open(Path(run.data.source)), None, job.trained(run, run.run_dir))
+        storage.mkdir(exist_ok=True)
+        context.run_dir = storage
+        return [row for rows in judge.rows(judge.possible(), ["pretrained"]) for row in rows]
+
+
+def test_features_are_made_once_for_a_checkpoint_and_a_dataset(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.tiny(packed, tmp_path)
+    dataset, backbone = Dataset.open(packed), method.build(run).evaluated()
+    ids, how = dataset.labelled_ids(), features.Extraction.of_run(run, torch.device("cpu"))
+    with Context(tmp_path) as context:
+        first = features.extract(backbone, dataset, ids, how, context, tmp_path / "cache")
+        in_memory = features.extract(backbone, dataset, ids, how, context)
+        assert np.array_equal(first.all(), in_memory.all())
+        assert np.array_equal(first.labels, dataset.rows(ids).label)
+
+        monkeypatch.setattr(features, "share", None)  # nothing is embedded again
+        again = features.extract(backbone, dataset, ids, how, context, tmp_path / "cache")
+        assert np.array_equal(again.all(), first.all())
+        with torch.no_grad():
+            next(backbone.parameters()).mul_(1.01)
+        for changed in ((backbone, ids), (method.build(run).evaluated(), ids[:-1])):
+            with pytest.raises(TypeError):
+                features.extract(changed[0], dataset, changed[1], how, context, tmp_path / "cache")
+
+
+def test_features_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = features.Features(np.arange(8), np.arange(8) % 2, np.ones((8, 1024), np.float32), np.arange(8))
+    monkeypatch.setattr(features, "_free_memory", lambda: 48 << 10)
+    with pytest.raises(features.ConfigError, match=r"eval.labels: 8 features take"):
+        found.all()
+
+
+def test_a_linear_probe_separates_what_is_separable(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300)
+    x = (np.eye(3)[y] * 5 + rng.normal(size=(300, 3))).astype(np.float32)
+    found = features.Features(np.arange(300), y, x, np.arange(300))
+    scores = classify.linear(
+        found.only(np.arange(200)), found.only(np.arange(200, 300)), inverse_l2=1, context=Context(tmp_path)
+    )
+    assert scores["accuracy"] > 0.95
+    assert scores["macro_f1"] == pytest.approx(scores["accuracy"], abs=0.03)

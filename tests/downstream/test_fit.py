@@ -1,0 +1,166 @@
+"""Every task that trains a network: the same at any number of workers, after a crash, and it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distssl import config, job, method
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data import shards
+from distssl.downstream import evaluate, fit, rows
+from distssl.downstream.evaluate import Evaluation
+from distssl.downstream.fit import Fitting
+from distssl.errors import ConfigError
+from tests import annotated, runs
+
+STEPS = 6
+FIT = [f"eval.fit.steps={STEPS}", "eval.fit.batch=8", "eval.fit.size_px=32", "eval.fit.lr=0.003", "eval.num_seeds=2"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By task."""
+    folder = tmp_path_factory.mktemp("labelled")
+    marked = shards.pack(str(annotated.images(folder / "marked", 24)), folder / "marked-packed")
+    photos = shards.pack(str(runs.photos(folder / "photos", num=48)), folder / "photos-packed")
+    return {task: photos if task == "finetune" else marked for task in config.FITTED_TASKS}
+
+
+def fitting(run: Run, task: str, context: Context, name: str = "supervised") -> Fitting:
+    judge = Evaluation(run, context, shards.Dataset.open(Path(run.data.source)), None)
+    given, recipe, data = judge._job(task, name, None, 0)
+    return judge._fitting(task, name, given, recipe, data)
+
+
+def train_here(run: Run, task: str, stop_at: int | None = None) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Metrics and parameters at the end; with stop_at, of a run that dies after so many steps and is started again."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    with Context(run.run_dir) as context:
+        if stop_at is not None:
+            first = fitting(run, task, context)
+            for _, batch in zip(range(stop_at), first._batches(), strict=False):
+                first._take_step(batch)
+                if first.step == stop_at - 1:  # the last step before the crash is lost
+                    first._checkpoint()
+        whole = fitting(run, task, context)
+        assert whole.step == (stop_at - 1 if stop_at else 0)
+        whole.run()
+        return whole.score(), [parameter.detach().clone() for parameter in whole.network.parameters()]
+
+
+def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    x, y = (torch.cat([p.flatten().double() for p in params]) for params in (a, b))
+    return float((x - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("task", config.FITTED_TASKS)
+def test_a_network_is_the_same_at_any_world_size(ranks, packed: dict[str, Path], tmp_path: Path, task: str) -> None:
+    def at(name: str) -> Run:
+        return runs.tiny(packed[task], tmp_path, f"name={name}", *FIT, "train.precision=float64")
+
+    metrics, alone = train_here(at("alone"), task)
+    with Context(tmp_path) as context:
+        start = [parameter.detach().clone() for parameter in fitting(at("start"), task, context).network.parameters()]
+    for of_rank, parameters in ranks(2).run(train_here, at("two"), task):
+        assert distance(parameters, alone) < 1e-6
+        assert distance(parameters, alone) < 0.1 * distance(start, alone)
+        assert of_rank == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("task", ["finetune", "detect"])
+def test_a_network_that_died_is_the_one_that_did_not(packed: dict[str, Path], tmp_path: Path, task: str) -> None:
+    whole = train_here(runs.tiny(packed[task], tmp_path, "name=whole", *FIT), task)
+    broken = train_here(runs.tiny(packed[task], tmp_path, "name=broken", *FIT), task, stop_at=4)
+    assert distance(broken[1], whole[1]) < 1e-6
+    assert broken[0] == pytest.approx(whole[0])
+
+
+LEARNED = {  # steps, metric, the value it must be better than
+    "segment": (60, "miou", 0.8),
+    "depth": (60, "delta_1", 0.8),
+    "keypoints": (100, "mean_error", 8.0),
+    "detect": (50, "ap50", 0.5),
+}
+
+
+@pytest.mark.parametrize("task", LEARNED)
+def test_a_network_learns_a_red_rectangle(packed: dict[str, Path], tmp_path: Path, task: str) -> None:
+    """What is easy to see is found: the targets are in the right places."""
+    steps, metric, bound = LEARNED[task]
+    learning = [*FIT, f"eval.fit.steps={steps}", "eval.fit.size_px=64", "eval.fit.jitter=0"]
+    found, _ = train_here(runs.tiny(packed[task], tmp_path, *learning), task)
+    assert found[metric] < bound if metric in rows.LOWER_IS_BETTER else found[metric] > bound
+
+
+def test_the_head_alone_learns_on_a_random_backbone(packed: dict[str, Path], tmp_path: Path) -> None:
+    run = runs.tiny(packed["segment"], tmp_path, *FIT)
+    with Context(tmp_path) as context:
+        started = fitting(run, "segment", context, "random")
+        before = {name: value.clone() for name, value in started.network.state_dict().items()}
+        started.run()
+        moved = {name for name, value in started.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("head.") for name in moved)  # the backbone's running statistics stay too
+
+
+@pytest.mark.parametrize(("trained", "stages"), [("1", {"layer4"}), ("2", {"layer3", "layer4"})])
+def test_the_last_stages_learn_lower_ones_more_slowly(
+    packed: dict[str, Path], tmp_path: Path, trained: str, stages: set[str]
+) -> None:
+    run = runs.tiny(packed["finetune"], tmp_path, *FIT, f"eval.fit.trained={trained}", "eval.fit.layer_decay=0.5")
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, shards.Dataset.open(packed["finetune"]), None, method.build(run))
+        given, recipe, data = judge._job("finetune", "pretrained", None, 0)
+        network = judge._fitting("finetune", "pretrained", given, recipe, data).network
+    learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[2] for name in learning if name.startswith("backbone.")} == stages
+    rates = {name: network.rate(name, parameter).scale for name, parameter in network.named_parameters()}
+    assert rates["head.weight"] == 1
+    assert rates["backbone.net.layer4.0.conv1.weight"] == 0.5
+    assert rates["backbone.net.layer3.0.conv1.weight"] == 0.25
+
+
+def test_what_was_reported_before_a_crash_is_reported_again(packed: dict[str, Path], tmp_path: Path) -> None:
+    run = runs.tiny(packed["finetune"], tmp_path, *FIT)
+    reports: list[list[tuple[int, int, dict[str, float]]]] = [[], [], []]
+
+    def tell(to: int, stop_at: int | None = None) -> fit.Report:
+        def report(step: int, steps: int, metrics: dict[str, float]) -> None:
+            reports[to].append((step, steps, metrics))
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+        return report
+
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, shards.Dataset.open(packed["finetune"]), None)
+        with pytest.raises(KeyboardInterrupt):
+            judge.figure("finetune", "random", None, 0, tell(0, stop_at=4), every=2)
+        judge.figure("finetune", "random", None, 0, tell(1), every=2)
+        judge.figure("finetune", "random", None, 0, tell(2), every=2)
+    assert [step for step, _, _ in reports[1]] == [2, 4, 6]
+    assert reports[1] == reports[2]
+    assert reports[0] == reports[1][:2]
+
+
+def test_a_mask_with_a_class_too_many_is_named(packed: dict[str, Path], tmp_path: Path) -> None:
+    run = runs.tiny(packed["segment"], tmp_path, *FIT, "eval.num_classes=1")
+    with pytest.raises(ConfigError, match=r"its mask has class 1, but there are 1 classes"):
+        train_here(run, "segment")
+
+
+def test_evaluating_needs_the_labels_of_the_task(packed: dict[str, Path], tmp_path: Path) -> None:
+    run = runs.tiny(packed["segment"], tmp_path, *FIT)
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, shards.Dataset.open(packed["segment"]), None)
+        assert judge.possible() == ["segment", "detect", "depth", "keypoints"]
+        with pytest.raises(ConfigError, match="has no labelled images"):
+            judge.labelled(evaluate.kind("knn"))
+    with pytest.raises(ConfigError, match="has no images with mask"):
+        job.prepare(
+            runs.tiny(packed["finetune"], tmp_path, f"eval.source={packed['finetune']}", "eval.tasks=[segment]"), 1
+        )

@@ -1,0 +1,103 @@
+"""Which labels are chosen, and what the user is told of labels that are wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from distssl.downstream import labels
+from distssl.errors import ConfigError
+
+
+def dataset(folder: Path, files: dict[str, bytes]) -> Dataset:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return Dataset.open(shards.pack(str(folder), folder.parent / f"{folder.name}-packed"))
+
+
+def image(height: int = 40, width: int = 60) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def boxes(*corners: list[float], label: int = 0) -> bytes:
+    return json.dumps([{"label": label, "box": box} for box in corners]).encode()
+
+
+def test_few_labels_are_a_number_a_share_or_so_many_a_class() -> None:
+    ids = np.arange(0, 2000, 2)
+    classes = np.repeat([0, 1, 2, 3], [700, 250, 45, 5])
+    assert np.array_equal(labels.few(ids, classes, None, 0), ids)
+    assert len(labels.few(ids, classes, 77, 0)) == 77
+    assert len(labels.few(ids, classes, "2.5%", 0)) == 25
+    per_class = labels.few(ids, classes, "10/class", 0)
+    assert np.bincount(classes[per_class // 2]).tolist() == [10, 10, 10, 5]
+    assert (np.diff(per_class) > 0).all()
+
+
+def test_fewer_labels_of_a_seed_are_part_of_more() -> None:
+    ids, classes = np.arange(1000), np.arange(1000) % 7
+    for less, more in ((10, 300), ("1%", "30%"), ("2/class", "20/class")):
+        few, many = labels.few(ids, classes, less, 3), labels.few(ids, classes, more, 3)
+        assert set(few) < set(many)
+        assert set(few) != set(labels.few(ids, classes, less, 4))
+
+
+def test_a_task_without_labels_is_told_what_would_be_right(tmp_path: Path) -> None:
+    plain = dataset(tmp_path / "plain", {f"{i}.png": image() for i in range(4)})
+    for kind, right in ((labels.LABEL, "class subfolders"), ("mask", "KEY.mask.png"), ("boxes", "KEY.boxes.json")):
+        assert not labels.has(plain, kind)
+        with pytest.raises(ConfigError, match=f"eval.source: has no .*; {right}"):
+            labels.find(plain, None, kind, "plain")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (boxes([10, 10, 70, 30]), r"box \[10.0, 10.0, 70.0, 30.0\] lies outside the image of 60x40"),
+        (boxes([-5, 1, 20, 20]), "lies outside"),
+        (boxes([20, 10, 20, 30]), "has no extent"),
+        (boxes([1, 1, 5, 5], label=-2), "has a label below 0"),
+    ],
+)
+def test_wrong_boxes_are_named(tmp_path: Path, given: bytes, message: str) -> None:
+    found = dataset(tmp_path / "boxed", {f"{i}.png": image() for i in range(3)} | {"1.boxes.json": given})
+    with pytest.raises(ConfigError, match=f"1: .*{message}"):
+        labels.boxes(found, found.annotated_ids("boxes"))
+
+
+def test_boxes_at_the_edge_and_images_without_one_are_right(tmp_path: Path) -> None:
+    files = {f"{i}.png": image() for i in range(2)} | {"0.boxes.json": boxes(), "1.boxes.json": boxes([0, 0, 60, 40])}
+    found = dataset(tmp_path / "boxed", files)
+    read = labels.boxes(found, found.annotated_ids("boxes"))
+    assert sorted(len(of_image.labels) for of_image in read.values()) == [0, 1]
+    assert labels.num_classes(found, found.annotated_ids("boxes"), "boxes") == 1
+
+
+def test_images_with_other_numbers_of_points_are_named(tmp_path: Path) -> None:
+    points = {f"{i}.keypoints.json": json.dumps([[1, 1, 1]] * (2 if i else 3)).encode() for i in range(3)}
+    found = dataset(tmp_path / "pointed", {f"{i}.png": image() for i in range(3)} | points)
+    with pytest.raises(ConfigError, match="not"):
+        labels.keypoints(found, found.annotated_ids("keypoints"))
+
+
+def test_test_images_of_other_classes_are_refused(tmp_path: Path) -> None:
+    def labelled(name: str, classes: str) -> Dataset:
+        folder = tmp_path / name
+        for label in classes:
+            (folder / label).mkdir(parents=True)
+            for i in range(3):
+                (folder / label / f"{i}.png").write_bytes(image())
+        return Dataset.open(shards.pack(str(folder), tmp_path / f"{name}-packed"))
+
+    with pytest.raises(ConfigError, match=r"eval\.test_source: its classes are"):
+        labels.find(labelled("train", "ab"), labelled("test", "abc"), labels.LABEL, "letters")

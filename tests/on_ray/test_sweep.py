@@ -1,0 +1,180 @@
+"""Sweeps on Ray: what is tried is a function of the file, whatever is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distssl import report, sweep
+from distssl.context import Context
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from distssl.errors import ConfigError
+from distssl.on_ray.sweep import EarlierBatches
+from distssl.sweep import Halving, Outcome, Sweep
+from distssl.train import Training
+from tests import processes, runs
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("swept")
+    packed = shards.pack(str(runs.photos(folder / "images")), folder / "packed")
+    run = runs.tiny(packed, folder, "name=base", "train.epochs=1", "eval.fit.steps=9", "eval.fit.batch=8")
+    run.run_dir.mkdir()
+    with Context(run.run_dir) as context:
+        Training(run, context, Dataset.open(packed)).run()
+    (run.run_dir / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    return run.run_dir
+
+
+def written(folder: Path, run: Path, **changes: Any) -> Path:
+    """A sweep's file."""
+    tree = {
+        "name": "tiny",
+        "runs": [str(run)],
+        "task": "finetune",
+        "num_trials": 4,
+        "parallel": 2,
+        "halving": {"first": 3, "factor": 2},
+        "storage": str(folder / "sweeps"),
+        "space": {
+            "backbone": {"choice": ["pretrained", "random"]},
+            "labels": {"choice": ["3/class", "50%"]},
+            "eval.fit.lr": {"log_uniform": [0.0003, 0.03]},
+        },
+    }
+    folder.mkdir(exist_ok=True)
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+def start(file: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), "sweep", "--config", str(file)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ)
+
+
+def outcomes(file: Path) -> list[dict[str, Any]]:
+    lines = (file.parent / "sweeps/tiny/outcomes.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def copied(run: Path, to: Path) -> Path:
+    """The run without what evaluations of it have left."""
+    to.mkdir(parents=True)
+    subprocess.run(["cp", "-r", run / "config.yaml", run / "checkpoints", to], check=True)
+    return to
+
+
+def test_a_killed_sweep_ends_as_one_that_was_not(pretrained: Path, tmp_path: Path) -> None:
+    """kill -9 of the driver, and of a trial's worker after the start; the best again, by the command it prints."""
+    whole = written(tmp_path / "whole", copied(pretrained, tmp_path / "whole" / "run"))
+    said, _ = (process := start(whole)).communicate(timeout=300)
+    assert process.returncode == 0, said
+    expected = outcomes(whole)
+    assert len(expected) == 4
+    assert {outcome["error"] for outcome in expected} == {None}
+
+    broken = written(tmp_path / "broken", copied(pretrained, tmp_path / "broken" / "run"))
+    fits = tmp_path / "broken" / "run" / "fits"
+    first = start(broken)
+    wait_for(lambda: fits.exists() and any(fits.glob("*/checkpoints/step_*")))
+    left_behind = processes.below(first.pid)
+    first.kill()
+    first.communicate()
+    for process in left_behind:  # the machine is gone, and Ray's processes with it
+        process.kill()
+
+    second = start(broken)
+    worker = wait_for(lambda: next(iter(workers_of(second.pid)), None))
+    worker.kill()
+    said, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    assert [plain(outcome, tmp_path) for outcome in outcomes(broken)] == [plain(o, tmp_path) for o in expected]
+
+    swept = sweep.load(broken, [])
+    best = sweep.best(swept, [Outcome(**outcome) for outcome in outcomes(broken)])
+    assert best is not None
+    assert report.outcome(best).startswith(f"trial {best.number}: {best.value:.4f}")
+    again = said.splitlines()[-1]
+    assert again.startswith("python launch.py evaluate ")
+    done = subprocess.run(again, shell=True, cwd=ROOT, capture_output=True, text=True, env=with_python())
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "broken/run/summary.json").read_text())["rows"]
+    assert best.value in [row["value"] for row in rows if row["metric"] == "accuracy"]
+
+
+def with_python() -> dict[str, str]:
+    """`python` is the one of the tests."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def plain(outcome: dict[str, Any], folder: Path) -> str:
+    return json.dumps(outcome, sort_keys=True).replace(str(folder / "broken"), "").replace(str(folder / "whole"), "")
+
+
+def workers_of(driver: int) -> list[processes.Process]:
+    """Ray's processes below the driver that train."""
+    return [found for found in processes.below(driver) if "RayTrainWorker" in found.command_line()]
+
+
+def wait_for(look: Any, timeout_s: float = 120) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_a_trial_goes_on_if_it_is_among_the_best_of_earlier_batches() -> None:
+    swept = Sweep(
+        name="x",
+        runs=(Path("x"),),
+        parallel=2,
+        halving=Halving(first=10, factor=2),
+        space={"labels": {"choice": [1]}},  # type: ignore[dict-item]
+    )
+    scheduler = EarlierBatches(swept)
+    assert [scheduler.goes_on(number, 10, value) for number, value in ((1, 0.2), (0, 0.6))] == [True, True]
+    # Of 0.6, 0.2 and itself the best two go on; what is in its own batch does not matter.
+    assert scheduler.goes_on(3, 10, 0.1) is False
+    assert scheduler.goes_on(2, 10, 0.3) is True
+    assert scheduler.goes_on(4, 20, 0.0) is True  # the first at this rung
+
+
+def test_rungs_are_below_the_number_of_steps() -> None:
+    assert Halving(first=50, factor=3).rungs(450) == [50, 150]
+    assert Halving(first=50, factor=3).rungs(451) == [50, 150, 450]
+    assert Halving(first=50, factor=3).rungs(50) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"space": {"data.source": {"choice": ["x"]}}}, "a key of a run's eval section is right"),
+        ({"space": {"eval.fit.lr": {"uniform": [1, 0]}}}, "the smaller end first"),
+        ({"space": {"eval.fit.lr": {"log_uniform": [0, 1]}}}, "must begin above 0"),
+        ({"space": {"eval.fit.lr": {"uniform": [0, 1], "choice": [1]}}}, "one of choice, uniform"),
+        ({"space": {"eval.fit.steps": {"choice": [0]}}}, "eval.fit.steps=0"),
+        ({"space": {"backbone": {"choice": ["best"]}}}, "random, pretrained, supervised"),
+        ({"runs": ["nowhere"]}, "no run there"),
+        ({"task": "segmentation"}, "task="),
+        ({"trials": 3}, "did you mean num_trials?"),
+    ],
+)
+def test_a_wrong_sweep_is_told_in_a_line(pretrained: Path, tmp_path: Path, changes: dict, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep.load(written(tmp_path, pretrained, **changes), [])
+    assert any(told in message for message in caught.value.messages), caught.value.messages
