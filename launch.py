@@ -30,6 +30,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 ConfigFile = Annotated[Path, typer.Option("--config", help="A YAML file; configs/ has one for each method.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=20.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: this one alone, without Ray.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/demo.")]
 
 
 @app.command()
@@ -122,25 +123,29 @@ def _say_stopped() -> NoReturn:
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/demo.")],
-    task: Annotated[
-        str, typer.Option("--task", help=f"{', '.join(config.TASKS)}; all: what the labels allow.")
-    ] = "all",
+    run: RunFolder,
+    task: Annotated[str, typer.Option("--task", help=f"{', '.join(config.TASKS)}; all: what labels allow.")] = "all",
     overrides: Overrides = None,
 ) -> None:
     """Evaluate a run's newest checkpoint, the same backbone untrained, and one trained on the labels alone."""
-    from distssl import job, method
+    from distssl import job
 
     tasks = None if task == "all" else task.split(",")
     for name in tasks or ():
         if name not in config.TASKS:
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
-    if not (run / job.CONFIG).exists():
-        raise ConfigError(f"{run}: no run there; a run folder with {job.CONFIG} is right")
-    loaded = config.load(run / job.CONFIG, overrides or [], method.options)
+    loaded = _run_of(run, overrides or [])
     with context.Context(run.resolve()) as alone:
         job.evaluate_run(loaded, alone, tasks)
     report.show(run.resolve(), console)
+
+
+def _run_of(folder: Path, overrides: list[str]) -> Run:
+    from distssl import job, method
+
+    if not (folder / job.CONFIG).exists():
+        raise ConfigError(f"{folder}: no run there; a run folder with {job.CONFIG} is right")
+    return config.load(folder / job.CONFIG, overrides, method.options)
 
 
 @app.command()
@@ -188,6 +193,20 @@ def compare(
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    form: Annotated[str, typer.Option("--format", help="torchvision, timm, safetensors or onnx.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/export by default.")] = None,
+    licence: Annotated[str | None, typer.Option(help="For the model card.")] = None,
+) -> None:
+    """Write a run's backbone for other programs, after proving on images that it gives the same features."""
+    from distssl import export as exporting
+
+    done = exporting.export(_run_of(run, []), run.resolve(), form, out, licence)
+    console.print(f"{done.file}: largest error {done.error:.1e}, {done.relative_error:.1e} of the largest feature")
+
+
+@app.command()
 def pack(
     source: Annotated[str, typer.Argument(help="Folder, zip, CSV or torchvision dataset name.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards and their index.")],
@@ -196,8 +215,7 @@ def pack(
     from distssl.data import shards
 
     with _bar("packing") as advance:
-        folder = shards.pack(source, out, progress=advance)
-    _describe(folder)
+        _describe(shards.pack(source, out, progress=advance))
 
 
 @app.command()
@@ -210,8 +228,7 @@ def index(
     from distssl.data import shards
 
     with _bar("indexing") as advance:
-        folder = shards.index(url, out, verify=verify, progress=advance)
-    _describe(folder)
+        _describe(shards.index(url, out, verify=verify, progress=advance))
 
 
 @app.command()

@@ -1,0 +1,121 @@
+"""Exports: each format gives our features in its own library, and one that does not is not written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distssl import export, job, train
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from distssl.errors import ConfigError, RunError
+from distssl.nn import backbones
+from tests import runs
+
+STANDARD = ["model.backbone=resnet18", "model.stem=7x7_s2_pool", "model.options={}"]
+VIT = [
+    "model.backbone=vit_tiny_patch16_224",
+    "model.stem=7x7_s2_pool",
+    "model.options={img_size: 32, patch_size: 8, depth: 2}",
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    return shards.pack(str(runs.photos(folder / "images", num=32)), folder / "packed")
+
+
+def trained(packed: Path, storage: Path, *overrides: str) -> Run:
+    run = runs.tiny(packed, storage, "train.epochs=1", "method.augment.size_px=32", *overrides)
+    run.run_dir.mkdir(parents=True)
+    with Context(run.run_dir) as context:
+        train.Training(run, context, Dataset.open(packed)).run()
+    return run
+
+
+CASES = [
+    ("torchvision", STANDARD),
+    ("torchvision", ["model.backbone=alexnet", "model.stem=7x7_s2_pool", "model.options={}", "eval.size_px=80"]),
+    ("timm", STANDARD),
+    ("timm", VIT),
+    ("safetensors", []),
+    ("onnx", []),
+    ("onnx", VIT),
+]
+
+
+@pytest.mark.parametrize(("form", "overrides"), CASES)
+def test_an_exported_backbone_gives_the_same_features(
+    packed: Path, tmp_path: Path, form: str, overrides: list[str]
+) -> None:
+    run = trained(packed, tmp_path, *overrides, *(["method.augment.size_px=80"] if "alexnet" in str(overrides) else []))
+    done = export.export(run, run.run_dir, form, licence="CC-BY-4.0")
+    assert done.file.parent == run.run_dir / "export"
+    assert done.relative_error < 1e-4
+    card = (done.file.parent / export.CARD).read_text()
+    for told in ("licence: CC-BY-4.0", Dataset.open(packed).fingerprint, "32 images", run.model.backbone, "arxiv.org"):
+        assert told in card
+
+
+def test_a_state_that_is_not_ours_is_not_written(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(packed, tmp_path, *STANDARD)
+    true_state = export._state
+
+    def perturbed(backbone: backbones.Backbone) -> dict[str, torch.Tensor]:
+        state = true_state(backbone)
+        state["layer4.1.conv2.weight"] *= 1.01
+        return state
+
+    monkeypatch.setattr(export, "_state", perturbed)
+    with pytest.raises(RunError, match="differ from ours"):
+        export.export(run, run.run_dir, "torchvision")
+    assert list((run.run_dir / "export").glob("*.pt")) == []
+
+    def without(backbone: backbones.Backbone) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in true_state(backbone).items() if name != "layer1.0.bn1.weight"}
+
+    monkeypatch.setattr(export, "_state", without)
+    with pytest.raises(RunError, match=r"lacks \['layer1.0.bn1.weight'\]"):
+        export.export(run, run.run_dir, "torchvision")
+
+
+@pytest.mark.parametrize(
+    ("form", "overrides", "told"),
+    [
+        ("torchvision", [], "its stem or width is not torchvision's; safetensors or onnx is right"),
+        ("timm", [], "timm has no resnet10"),
+        ("torchvision", VIT, "vit_tiny_patch16_224 is timm's"),
+        ("pickle", [], "torchvision, timm, safetensors, onnx are right"),
+    ],
+)
+def test_a_format_that_cannot_hold_it_is_refused(
+    packed: Path, tmp_path: Path, form: str, overrides: list[str], told: str
+) -> None:
+    run = trained(packed, tmp_path, *overrides)
+    with pytest.raises(ConfigError, match=told):
+        export.export(run, run.run_dir, form)
+    assert not (run.run_dir / "export").exists()
+
+
+def test_without_a_checkpoint_there_is_nothing_to_export(packed: Path, tmp_path: Path) -> None:
+    run = runs.tiny(packed, tmp_path)
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        export.export(run, run.run_dir, "safetensors")
+    assert job.CONFIG == "config.yaml"
+
+
+def test_without_onnxruntime_it_says_what_to_install(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    run = trained(packed, tmp_path)
+    monkeypatch.setattr(export.importlib, "import_module", absent)
+    with pytest.raises(ConfigError, match=r'pip install "distssl\[onnx\]"'):
+        export.export(run, run.run_dir, "onnx")
