@@ -16,9 +16,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import Progress
 
-from distssl import atomic, config, context, report
+from distssl import atomic, collectives, config, context, report
 from distssl.config import Run
 from distssl.errors import ConfigError, RunError
 
@@ -69,17 +68,24 @@ def _pretrain_here(run: Run) -> None:
 
 def _pretrain_under_torchrun(run: Run) -> None:
     """This process is one of torchrun's: rank 0 prepares, all of them train."""
-    from distssl import collectives, job
+    from distssl import job
 
+    with _one_of_the_ranks(run.run_dir, lambda: job.prepare(run, collectives.world_size())) as ours:
+        finished = job.pretrain(run, ours, job.folders(run))
+        if ours.rank == 0 and finished:
+            report.show(run.run_dir, console)
+
+
+@contextmanager
+def _one_of_the_ranks(run_dir: Path, prepare: Callable[[], object]) -> Iterator[context.Context]:
+    """This process alone, or one of torchrun's; rank 0 prepares before all go on."""
     collectives.init()
     try:
-        with context.Context(run.run_dir) as ours:
+        with context.Context(run_dir) as ours:
             if ours.rank == 0:
-                job.prepare(run, ours.world_size)
+                prepare()
             collectives.barrier()
-            finished = job.pretrain(run, ours, job.folders(run))
-            if ours.rank == 0 and finished:
-                report.show(run.run_dir, console)
+            yield ours
     finally:
         collectives.shutdown()
 
@@ -135,9 +141,10 @@ def evaluate(
         if name not in config.TASKS:
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
     loaded = _run_of(run, overrides or [])
-    with context.Context(run.resolve()) as alone:
-        job.evaluate_run(loaded, alone, tasks)
-    report.show(run.resolve(), console)
+    with _one_of_the_ranks(run.resolve(), lambda: job.folders(loaded, tasks or config.TASKS)) as ours:
+        job.evaluate_run(loaded, ours, tasks)
+        if ours.rank == 0:
+            report.show(run.resolve(), console)
 
 
 def _run_of(folder: Path, overrides: list[str]) -> Run:
@@ -167,9 +174,7 @@ def sweep(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, for example runs/*.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write; `compare` beside the first run by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default `compare` beside the first.")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
 ) -> None:
     """Compare runs: a table here, report.html, and one TensorBoard with all of them."""
@@ -212,9 +217,10 @@ def pack(
     out: Annotated[Path, typer.Argument(help="Folder for the shards and their index.")],
 ) -> None:
     """Pack images into WebDataset tars with an index. Run again after a stop, it goes on."""
+    from distssl import progress
     from distssl.data import shards
 
-    with _bar("packing") as advance:
+    with progress.bar("packing", console) as advance:
         _describe(shards.pack(source, out, progress=advance))
 
 
@@ -225,9 +231,10 @@ def index(
     verify: Annotated[bool, typer.Option("--verify", help="Decode every image.")] = False,
 ) -> None:
     """Index WebDataset tars where they lie. Run again after a stop, it goes on."""
+    from distssl import progress
     from distssl.data import shards
 
-    with _bar("indexing") as advance:
+    with progress.bar("indexing", console) as advance:
         _describe(shards.index(url, out, verify=verify, progress=advance))
 
 
@@ -257,19 +264,12 @@ def _whole_numbers(key: str, text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    with Progress(console=console) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def _describe(folder: Path) -> None:
     from distssl.data.shards import Dataset
 
-    dataset = Dataset.open(folder)
-    labels = f"{dataset.num_labelled} with one of {len(dataset.classes)} labels"
-    console.print(f"{folder}: {dataset.num_samples} images in {len(dataset.shard_paths)} shards, {labels}")
+    found = Dataset.open(folder)
+    labels = f"{found.num_labelled} with one of {len(found.classes)} labels"
+    console.print(f"{folder}: {found.num_samples} images in {len(found.shard_paths)} shards, {labels}")
 
 
 def main(arguments: list[str]) -> int:

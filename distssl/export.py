@@ -183,7 +183,7 @@ def _write_onnx(run: Run, backbone: Backbone, images: Tensor, path: Path) -> Non
         torch.onnx.export(
             backbone,
             (images[:2].contiguous(),),
-            graph,
+            graph,  # pyright: ignore[reportArgumentType] - a file opened for writing is right, by its documentation
             input_names=["images"],
             output_names=["features"],
             dynamic_axes={"images": {0: "N"}, "features": {0: "N"}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,14 @@ def follow(run_dir: Path, console: Console) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def bar(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is: the block calls what it gets with what is done and the whole."""
+    with Progress(console=console) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def _records(path: Path, position: int, done: threading.Event) -> Iterator[dict]:

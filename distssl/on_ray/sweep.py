@@ -197,22 +197,25 @@ def _trial(
 
 
 def _work(given: dict[str, Any]) -> None:
-    """One worker of a trial."""
+    """One worker of a trial; what it reports last is the trial's result."""
     os.chdir(given["folder"])
     swept: Sweep = given["sweep"]
     chosen: Trial = given["trial"]
     logging.getLogger().setLevel(logging.WARNING)
     every = swept.halving.first if swept.halving else None
+    reported: list[int] = []
+
+    def report(step: int, steps: int, metrics: dict[str, float]) -> None:
+        reported.append(step)
+        train.report({**metrics, "step": step, "steps": steps})
+
     with Context(chosen.folder) as context:
         try:
-            metrics = job.evaluate_once(chosen.run, context, swept.task, chosen.backbone, chosen.labels, _report, every)
+            metrics = job.evaluate_once(chosen.run, context, swept.task, chosen.backbone, chosen.labels, report, every)
             if swept.metric not in metrics:
                 raise ConfigError(f"metric={swept.metric}: {swept.task} has {', '.join(metrics)}")
         except (ConfigError, RunError) as error:
             train.report({swept.metric: math.nan, "error": str(error)})
             return
-    train.report(metrics)
-
-
-def _report(step: int, steps: int, metrics: dict[str, float]) -> None:
-    train.report({**metrics, "step": step, "steps": steps})
+    if not reported:
+        train.report(metrics)

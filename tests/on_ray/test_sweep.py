@@ -44,7 +44,7 @@ def written(folder: Path, run: Path, **changes: Any) -> Path:
         "name": "tiny",
         "runs": [str(run)],
         "task": "finetune",
-        "num_trials": 4,
+        "num_trials": 3,
         "parallel": 2,
         "halving": {"first": 3, "factor": 2},
         "storage": str(folder / "sweeps"),
@@ -84,7 +84,7 @@ def test_a_killed_sweep_ends_as_one_that_was_not(pretrained: Path, tmp_path: Pat
     said, _ = (process := start(whole)).communicate(timeout=300)
     assert process.returncode == 0, said
     expected = outcomes(whole)
-    assert len(expected) == 4
+    assert len(expected) == 3
     assert {outcome["error"] for outcome in expected} == {None}
 
     broken = written(tmp_path / "broken", copied(pretrained, tmp_path / "broken" / "run"))
