@@ -28,6 +28,7 @@ class Depth(Network):
 
     def build(self) -> None:
         self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), 1)
+        self.head.start_from(self.facts.log_depth)
 
     @classmethod
     def target_view(cls, window: Window) -> dict[str, Any]:

@@ -226,7 +226,7 @@ class Evaluation:
             points = labels.keypoints(data.train, data.train_ids[:1])
             return Facts(num_points=len(points[int(data.train_ids[0])]))
         if chosen.kind == "depth":
-            return Facts()
+            return Facts(log_depth=labels.mean_log_depth(data.train, data.train_ids))
         asked = self.cfg.num_classes if chosen.kind != labels.LABEL else None
         return Facts(num_classes=asked or labels.num_classes(data.train, data.train_ids, chosen.kind))
 

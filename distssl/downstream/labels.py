@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from distssl.data import annotations, draws
@@ -17,6 +18,7 @@ from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 
 SPLIT_SEED = 0x5EED  # of the fifth of the labels kept for the test, the same for every run
+MOST_MEASURED = 200  # depth maps looked at before the training
 MOST_NAMED = 5  # mistakes in one message
 OVERHANG_PX = 1.0  # of a box over the image's edge: annotation tools count pixels in several ways
 
@@ -182,9 +184,18 @@ def num_classes(dataset: Dataset, ids: np.ndarray, kind: str) -> int:
     return 1 + max((largest(data) for data in annotations.read(dataset, ids, kind) if data is not None), default=0)
 
 
-def _largest_in_mask(data: bytes) -> int:
-    from PIL import Image
+def mean_log_depth(dataset: Dataset, ids: np.ndarray) -> float:
+    """The mean of the log of metres over the pixels whose depth is known, in MOST_MEASURED of the images."""
+    logs = [_log_depths(data) for data in annotations.read(dataset, subset(ids, MOST_MEASURED, 0), "depth") if data]
+    return float(np.concatenate(logs).mean())
 
+
+def _log_depths(data: bytes) -> np.ndarray:
+    metres = np.asarray(Image.open(io.BytesIO(data)), np.float64) / 1000
+    return np.log(metres[metres > 0])
+
+
+def _largest_in_mask(data: bytes) -> int:
     values = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
     return int(values.max(initial=0, where=values != 255))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Segment(Network):
         for image, found, true in zip(unnormalised(views["image"]), predicted, self._mask(views).cpu(), strict=True):
             for classes in (true, found):
                 each = torch.stack([classes == k for k in range(1, self.facts.num_classes)])
-                rows.append(draw_segmentation_masks(image, each, alpha=0.5))
+                rows.append(draw_segmentation_masks(image, each, alpha=0.5, colors=colours(len(each))))
         return rows
 
     def _logits(self, views: Views) -> Tensor:
@@ -68,6 +69,12 @@ class Segment(Network):
                 f"classes from 0 on, and {IGNORED} for none; mend the mask or say eval.num_classes=N"
             )
         return mask
+
+
+def colours(num: int) -> list[str | tuple[int, int, int]]:
+    """Colours that are far apart: the hue turns by the golden ratio from class to class."""
+    hues = (0.618034 * k % 1 for k in range(num))
+    return [tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 1, 1)) for hue in hues]  # pyright: ignore[reportReturnType]
 
 
 def confusion(predicted: Tensor, true: Tensor, num_classes: int) -> Tensor:

@@ -54,6 +54,7 @@ class Facts:
 
     num_classes: int = 0
     num_points: int = 0
+    log_depth: float = 0.0  # the mean, of metres
 
 
 class Network(nn.Module, ABC):

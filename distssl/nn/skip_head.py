@@ -29,6 +29,10 @@ class SkipHead(nn.Module):
         self.mix = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
         self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(width, out_channels, 1))
 
+    def start_from(self, value: float) -> None:
+        """Let the untrained head give about this."""
+        nn.init.constant_(self.out[-1].bias, value)  # pyright: ignore[reportArgumentType]
+
     def forward(self, maps: list[Tensor]) -> Tensor:
         size = maps[0].shape[2:]
         parts = [project(x) for project, x in zip(self.projections, maps, strict=True)]
