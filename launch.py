@@ -183,8 +183,8 @@ def compare(
     from distssl import board, page
     from distssl import compare as comparing
 
-    comparison = comparing.collect(runs)
     out = (out or runs[0].resolve().parent / "compare").resolve()
+    comparison = comparing.collect([run for run in runs if run.resolve() != out] or runs)  # runs/* has it too
     atomic.make_folder(out)
     with atomic.locked(out):
         page.write(comparison, out / "report.html", shlex.join(["python", "launch.py", *sys.argv[1:]]))
@@ -208,7 +208,8 @@ def export(
     from distssl import export as exporting
 
     done = exporting.export(_run_of(run, []), run.resolve(), form, out, licence)
-    console.print(f"{done.file}: largest error {done.error:.1e}, {done.relative_error:.1e} of the largest feature")
+    how_far = f"largest error {done.error:.1e}, {done.relative_error:.1e} of the largest feature"
+    console.print(f"{done.file}: {how_far}", soft_wrap=True, markup=False)
 
 
 @app.command()

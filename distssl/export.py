@@ -6,12 +6,10 @@ before it gets its name. So a file that is there gives the same features.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,77 +17,78 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distssl import atomic, checkpoint, config, job, method
+from distssl import atomic, checkpoint, job, method, model_card
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import augment
 from distssl.data.shards import Dataset
 from distssl.downstream import features
-from distssl.downstream.rows import read_summary
 from distssl.errors import ConfigError, RunError
 from distssl.nn import backbones
 from distssl.nn.backbones import Backbone, Convolutional
 
 FORMATS = {"torchvision": "pt", "timm": "pt", "safetensors": "safetensors", "onnx": "onnx"}
-CARD = "MODEL_CARD.md"
 NUM_IMAGES = 64
+BATCH_SIZE = 16
 MOST_ERROR = 1e-4  # of a feature, relative to the largest
-IN_TIMM_TOO = ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2")  # under torchvision's names
 
 Features = Callable[[Tensor], Tensor]  # [N, 3, S, S] -> [N, D]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A file and how far its features are from ours: the largest difference, and that over the largest feature."""
-
-    file: Path
-    error: float
-    relative_error: float
-
-
-def export(run: Run, run_dir: Path, form: str, out: Path | None = None, licence: str | None = None) -> Exported:
-    """Write the newest checkpoint's backbone as backbone.SUFFIX, and its card, into a folder, by default RUN/export.
+def export(
+    run: Run, run_dir: Path, form: str, out: Path | None = None, licence: str | None = None
+) -> model_card.Exported:
+    """Write the newest checkpoint's backbone as FORMAT.SUFFIX, and its card, into a folder, by default RUN/export.
 
     form: one of FORMATS. Raises ConfigError where there is no checkpoint or the format cannot hold this backbone, and
     RunError where the file does not give the same features.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: {', '.join(FORMATS)} are right")
-    backbone = job.trained(run, run_dir).evaluated().float().eval()
+    state = checkpoint.newest(run_dir)
+    if state is None:
+        raise ConfigError(f"{run_dir}: no checkpoint yet")
+    built = method.build(run)
+    built.load_state_dict(state["model"])
+    backbone = built.evaluated().float().eval()
     _refuse(run, backbone, form)
     dataset, images = _images(run, run_dir)
     out = (out or run_dir / "export").resolve()
     atomic.make_folder(out)
-    file = out / f"backbone.{FORMATS[form]}"
+    file = out / f"{form}.{FORMATS[form]}"  # two of the formats end in .pt
     with atomic.locked(out):
         with atomic.replacing(file) as part:
             _WRITERS[form](run, backbone, images, part)
             error, relative = _compare(backbone, _READERS[form](run, part), images)
             if not relative <= MOST_ERROR:
                 raise RunError(f"{file}: its features differ from ours by {relative:.1e} of the largest; not written")
-        exported = Exported(file, error, relative)
-        with atomic.replacing(out / CARD) as part:
-            part.write_text(_card(run, run_dir, form, exported, dataset, images, licence))
+        exported = model_card.Exported(file, error, relative)
+        with atomic.replacing(out / model_card.CARD) as part:
+            part.write_text(model_card.text(run, run_dir, state, form, exported, dataset, images, licence))
     return exported
 
 
 def _refuse(run: Run, backbone: Backbone, form: str) -> None:
     """Raises ConfigError where a format has no place for the backbone."""
+    problem = _problem(run, backbone, form)
+    if problem:
+        right = [other for other in FORMATS if _problem(run, backbone, other) is None]
+        raise ConfigError(f"--format {form}: {problem}; right: {', '.join(right)}")
+
+
+def _problem(run: Run, backbone: Backbone, form: str) -> str | None:
     name, plain = run.model.backbone, isinstance(backbone, Convolutional)
     problem = None
-    if form in ("torchvision", "timm") and type(backbone) not in (Convolutional, backbones.Timm):
-        problem = f"{run.method.name} sees other images than its library's network would"
+    if form != "onnx" and type(backbone) not in (Convolutional, backbones.Timm):
+        problem = f"{run.method.name} puts {type(backbone).__name__} before the backbone, which only a graph holds"
     elif form in ("torchvision", "timm") and run.model.sobel:
         problem = "its input passes a Sobel filter"
     elif form == "torchvision" and not plain:
         problem = f"{name} is timm's"
-    elif form == "timm" and plain and name not in IN_TIMM_TOO:
+    elif form == "timm" and plain and name not in model_card.IN_TIMM_TOO:
         problem = f"timm has no {name} with these names"
     elif form in ("torchvision", "timm") and plain and not _is_torchvisions(run):
         problem = "its stem or width is not torchvision's"
-    if problem:
-        raise ConfigError(f"--format {form}: {problem}; safetensors or onnx is right")
+    return problem
 
 
 def _is_torchvisions(run: Run) -> bool:
@@ -105,15 +104,18 @@ def _images(run: Run, run_dir: Path) -> tuple[Dataset, Tensor]:
     dataset = Dataset.open(job.folders(run, []).data)
     ids = np.linspace(0, dataset.num_samples - 1, min(NUM_IMAGES, dataset.num_samples)).astype(np.int64)
     with Context(run_dir) as context:
-        how = features.Extraction.of_run(run, torch.device("cpu"))
+        context.device = torch.device("cpu")  # the same proof on every machine
+        how = features.Extraction.of_run(run, context.device)
         found = features.crops(dataset, np.unique(ids), how, context)
+    if not found:
+        raise RunError(f"{run.data.source}: none of {len(ids)} images can be read, so nothing can be proved")
     return dataset, torch.stack(list(found.values()))
 
 
 @torch.no_grad()
 def _compare(backbone: Backbone, exported: Features, images: Tensor) -> tuple[float, float]:
-    ours = backbone(images)
-    theirs = exported(images)
+    parts = (images[:1], *images[1:].split(BATCH_SIZE))  # of one image too: a traced graph may hold the number
+    ours, theirs = (torch.cat([net(part) for part in parts]) for net in (backbone, exported))  # [N, D] each
     if theirs.shape != ours.shape:
         raise RunError(f"the exported network gives features {list(theirs.shape)}, ours {list(ours.shape)}")
     error = float((ours - theirs).abs().max())
@@ -151,7 +153,7 @@ def _read_torchvision(run: Run, path: Path) -> Features:
 def _read_timm(run: Run, path: Path) -> Features:
     import timm
 
-    options = {} if run.model.backbone in IN_TIMM_TOO else run.model.options
+    options = {} if run.model.backbone in model_card.IN_TIMM_TOO else run.model.options
     net = timm.create_model(run.model.backbone, pretrained=False, num_classes=0, **options)
     net.load_state_dict(torch.load(path, weights_only=True))
     return net.eval()
@@ -163,12 +165,27 @@ def _write_safetensors(run: Run, backbone: Backbone, images: Tensor, path: Path)
     state = {name: value.detach().contiguous().clone() for name, value in backbone.state_dict().items()}
     model = {key: json.dumps(value) for key, value in run.model.model_dump(mode="json").items()}
     safetensors.save_file(state, path, metadata={"method": run.method.name, **model})
+    path.chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
+
+
+def _umask() -> int:
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def _read_safetensors(run: Run, path: Path) -> Features:
+    return load(path)
+
+
+def load(path: Path | str) -> Backbone:
+    """The backbone in a file of the format safetensors, by what the file says alone, in evaluation mode."""
+    from safetensors import safe_open
     from safetensors import torch as safetensors
 
-    net = method.build(run).evaluated()  # a fresh one, in which nothing of ours is left
+    with safe_open(path, "pt") as opened:
+        told = {key: json.loads(value) for key, value in opened.metadata().items() if key != "method"}
+    net = backbones.build(told["backbone"], told["stem"], told["sobel"], **told["options"])
     net.load_state_dict(safetensors.load_file(path))
     return net.eval()
 
@@ -217,54 +234,3 @@ _READERS = {
     "safetensors": _read_safetensors,
     "onnx": _read_onnx,
 }
-_HOW_TO_LOAD = {
-    "torchvision": 'model = torchvision.models.get_model("{name}")\n'
-    'model.load_state_dict(torch.load("backbone.pt"), strict=False)  # all but the classifier',
-    "timm": 'model = timm.create_model("{name}", num_classes=0)\nmodel.load_state_dict(torch.load("backbone.pt"))',
-    "safetensors": 'model = distssl.nn.backbones.build("{name}", ...)  # stem, options: in the file\'s metadata\n'
-    'model.load_state_dict(safetensors.torch.load_file("backbone.safetensors"))',
-    "onnx": 'session = onnxruntime.InferenceSession("backbone.onnx")\n'
-    'features = session.run(None, {{"images": images}})[0]',
-}
-
-
-def _card(
-    run: Run, run_dir: Path, form: str, exported: Exported, dataset: Dataset, images: Tensor, licence: str | None
-) -> str:
-    state = checkpoint.newest(run_dir)
-    assert state is not None
-    told = inspect.getdoc(importlib.import_module(method.find(run.method.name).__module__)) or ""
-    size_px = images.shape[-1]
-    lines = [
-        f"# {run.run_name}: {run.model.backbone} pretrained by {run.method.name}",
-        "",
-        told.partition("\n\n")[0],
-        "",
-        f"- method: {run.method.name}; link: {_link(told)}",
-        f"- backbone: {run.model.backbone}, stem {run.model.stem}, options {run.model.options or 'none'}",
-        f"- data: {run.data.source}, {dataset.num_samples} images, fingerprint {dataset.fingerprint}",
-        f"- training: {state['step']} steps of {run.data.global_batch * run.train.accumulate} images, seed {run.seed}",
-        f"- config: sha256 {hashlib.sha256(config.dump(run).encode()).hexdigest()}",
-        f"- file: {exported.file.name}, sha256 {hashlib.sha256(exported.file.read_bytes()).hexdigest()}",
-        f"- input: RGB [N, 3, {size_px}, {size_px}] in 0..1, less the mean {augment.MEAN}, over {augment.STD}",
-        f"- largest difference from the trained network's features, on {len(images)} of its images: "
-        f"{exported.error:.1e}, {exported.relative_error:.1e} of the largest feature",
-        f"- licence: {licence or 'to be filled in by whoever publishes it'}",
-        "",
-        "```python",
-        _HOW_TO_LOAD[form].format(name=run.model.backbone),
-        "```",
-        "",
-    ]
-    rows = read_summary(run_dir)
-    if rows:
-        lines += ["| data | task | labels | metric | backbone | value |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row.data} | {row.task} | {row.labels or 'all'} | {row.metric} | {row.backbone} | {row.value:.4f} |"
-            for row in rows
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _link(text: str) -> str:
-    return next((word.strip("().,;") for word in text.split() if word.strip("(").startswith("http")), "none")

@@ -21,12 +21,14 @@ from typing import Any
 
 import pytest
 
-# Of the whole page, shadow roots included, element by element. A name is a CSS selector.
+# Elements by a CSS selector, of shadow roots and frames too.
 EVERY = """
 function every(selector, root = document) {
   const found = [...root.querySelectorAll(selector)];
-  for (const element of root.querySelectorAll("*"))
-    if (element.shadowRoot) found.push(...every(selector, element.shadowRoot));
+  for (const element of root.querySelectorAll("*")) {
+    const inner = element.shadowRoot ?? element.contentDocument;
+    if (inner) found.push(...every(selector, inner));
+  }
   return found;
 }
 """
@@ -47,7 +49,7 @@ class Browser:
         self._ask("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
-        """A JavaScript expression's value; `every(selector)` looks into shadow roots too."""
+        """A JavaScript expression's value; `every(selector)` looks into shadow roots and frames."""
         found = self._ask("Runtime.evaluate", expression=f"{EVERY};({expression})", returnByValue=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")

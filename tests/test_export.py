@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from distssl import export, job, train
+from distssl import checkpoint, export, job, model_card, train
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import shards
@@ -44,6 +47,8 @@ CASES = [
     ("timm", STANDARD),
     ("timm", VIT),
     ("safetensors", []),
+    ("safetensors", ["model.sobel=true"]),
+    ("onnx", ["method.name=colorization"]),
     ("onnx", []),
     ("onnx", VIT),
 ]
@@ -51,15 +56,31 @@ CASES = [
 
 @pytest.mark.parametrize(("form", "overrides"), CASES)
 def test_an_exported_backbone_gives_the_same_features(
-    packed: Path, tmp_path: Path, form: str, overrides: list[str]
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, overrides: list[str]
 ) -> None:
     run = trained(packed, tmp_path, *overrides, *(["method.augment.size_px=80"] if "alexnet" in str(overrides) else []))
     done = export.export(run, run.run_dir, form, licence="CC-BY-4.0")
     assert done.file.parent == run.run_dir / "export"
     assert done.relative_error < 1e-4
-    card = (done.file.parent / export.CARD).read_text()
+    card = (done.file.parent / model_card.CARD).read_text()
     for told in ("licence: CC-BY-4.0", Dataset.open(packed).fingerprint, "32 images", run.model.backbone, "arxiv.org"):
         assert told in card
+    (manifest,) = checkpoint.folder(run.run_dir).glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["sha256"] in card
+    images = torch.randn(3, 3, *[80 if "alexnet" in str(overrides) else 32] * 2)
+    told_to_run: dict[str, Any] = {"images": images.numpy() if form == "onnx" else images}
+    monkeypatch.chdir(done.file.parent)
+    exec(re.findall("```python\n(.*?)```", card, re.DOTALL)[0], told_to_run)
+    ours = job.trained(run, run.run_dir).evaluated().eval()(images)
+    theirs = torch.as_tensor(told_to_run["features"])
+    assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max()
+
+
+def test_formats_lie_beside_each_other(packed: Path, tmp_path: Path) -> None:
+    run = trained(packed, tmp_path, *STANDARD)
+    files = {export.export(run, run.run_dir, form).file for form in ("torchvision", "timm", "safetensors")}
+    assert len(files) == 3
+    assert all(file.exists() for file in files)
 
 
 def test_a_state_that_is_not_ours_is_not_written(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +108,10 @@ def test_a_state_that_is_not_ours_is_not_written(packed: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("form", "overrides", "told"),
     [
-        ("torchvision", [], "its stem or width is not torchvision's; safetensors or onnx is right"),
+        ("torchvision", [], "its stem or width is not torchvision's; right: safetensors, onnx"),
         ("timm", [], "timm has no resnet10"),
-        ("torchvision", VIT, "vit_tiny_patch16_224 is timm's"),
+        ("torchvision", VIT, "vit_tiny_patch16_224 is timm's; right: timm, safetensors, onnx"),
+        ("safetensors", ["method.name=colorization"], "colorization puts Grey before the backbone.*right: onnx"),
         ("pickle", [], "torchvision, timm, safetensors, onnx are right"),
     ],
 )
