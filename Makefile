@@ -1,9 +1,9 @@
-# make demo | make test | make check | make bench
+# make demo | make test | make check | make results | make bench
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test check results bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -17,6 +17,9 @@ check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_rules.py
+
+results: $(VENV)/dev
+	$(BIN)/python benchmarks/results.py
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/loader.py

@@ -48,13 +48,16 @@ def clusters(
 ) -> None:
     """A row a cluster, the largest first; a green edge is of the class that is most frequent in the cluster."""
     sizes = np.bincount(found)
-    pictures = []
+    chosen, commonest = [], []  # rows of the features, and the commonest class of the cluster of each
     for number in np.argsort(-sizes, kind="stable")[:NUM_CLUSTERS]:
         rows = np.flatnonzero(found == number)
-        commonest = np.bincount(test.labels[rows]).argmax()
-        chosen = rows[np.linspace(0, len(rows) - 1, NUM_OF_CLUSTER).astype(int)]
-        images = features.crops(data.test, np.unique(test.ids[chosen]), how, context)
-        pictures += [_edged(images[int(test.ids[i])], bool(test.labels[i] == commonest)) for i in chosen]
+        chosen += rows[np.linspace(0, len(rows) - 1, NUM_OF_CLUSTER).astype(int)].tolist()
+        commonest += [np.bincount(test.labels[rows]).argmax()] * NUM_OF_CLUSTER
+    images = features.crops(data.test, np.unique(test.ids[chosen]), how, context)
+    pictures = [
+        _edged(images[int(test.ids[i])], bool(test.labels[i] == label))
+        for i, label in zip(chosen, commonest, strict=True)
+    ]
     _save(_file(context, f"clusters_{data.name}_{backbone}"), pictures, NUM_OF_CLUSTER)
 
 

@@ -83,6 +83,20 @@ def test_queries_without_their_class_in_the_gallery_are_left_out(tmp_path: Path,
     assert f"{len(queries) - len(there)} of {len(queries)} queries" in caplog.text
 
 
+def test_a_collapsed_backbone_is_evaluated_too(tmp_path: Path) -> None:
+    """All features equal, or two of them: no better than chance, and no error."""
+    labels = np.arange(48) % 4
+    for different in (1, 2):
+        x = np.repeat(np.eye(8, dtype=np.float32)[:different], 48 // different, axis=0)
+        collapsed = Features(np.arange(48), labels, x, np.arange(48))
+        context = Context(tmp_path)
+        assert classify.knn(collapsed, collapsed, neighbours=5, context=context)["accuracy"] <= 0.3
+        clusters = cluster.cluster(collapsed, context, seed=0)
+        assert len(np.unique(clusters)) == different
+        assert cluster.agreement(clusters, labels)["nmi"] < 0.01
+        assert retrieve.retrieve(collapsed, collapsed, context)["map"] < 0.3
+
+
 def search(folder: Path) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
     train, test = features_of(3000, 1), features_of(2100, 2)
     with Context(folder) as context:
