@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from distssl import atomic
 from distssl.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,17 @@ def newest(run_dir: Path) -> dict[str, Any] | None:
     if mistakes:
         raise ConfigError(*mistakes, f"no checkpoint of {run_dir} is whole: remove {folder(run_dir)} to start again")
     return None
+
+
+def add_metrics(run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Note metrics that were found later in the checkpoint of a step, where that is still there."""
+    path = folder(run_dir) / f"step_{step:08d}" / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        with atomic.replacing(path) as part:
+            part.write_text(json.dumps(manifest | {"metrics": manifest["metrics"] | metrics}, indent=1))
+    except FileNotFoundError:
+        return
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_best: str | None) -> None:

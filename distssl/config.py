@@ -133,6 +133,9 @@ class Machine(Section):
     )
     threads: PositiveInt = Field(default=1, description="DALI's CPU threads a worker")
     prefetch: PositiveInt = Field(default=2, description="batches made ahead")
+    eval_cpus: PositiveInt | None = Field(
+        default=None, description="kept, under Ray, for evaluations beside the training; null: it waits for them"
+    )
     cache: Path = Field(default=Path("~/.cache/distssl"), validate_default=True)
     storage: Path = Field(default=Path("runs"), validate_default=True, description="where run folders lie")
     ledger: bool = Field(default=False, description="write the sample ids of every step")

@@ -54,6 +54,17 @@ class Context:
         if pending is not None:
             pending.result()
 
+    def beside(self, evaluate: Callable[[], dict[str, float]], step: int) -> bool:
+        """Start an evaluation beside the training, where there is room for one; whether there is. Every rank calls it.
+
+        `evaluate` is picklable and needs no other rank.
+        """
+        return False
+
+    def evaluated(self, wait: bool = False) -> list[tuple[int, dict[str, float]]]:
+        """The steps and metrics of evaluations that have ended since, or with `wait` of all; on rank 0."""
+        return []
+
     def record(self, metrics: Mapping[str, float]) -> None:
         """Show metrics outside the run folder, where there is such a place (Ray's gauges)."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from distssl import atomic, checkpoint, config, method, plan, train
 from distssl.config import Run
@@ -110,7 +113,8 @@ def pretrain(run: Run, context: Context, data: Folders) -> bool:
     judge = _judge(run, context, data)
     online = judge.online if judge and labels.has(judge.train, labels.LABEL) else None
     labelled = Dataset.open(data.labelled) if data.labelled else None
-    training = train.Training(run, context, Dataset.open(data.data), online, labelled)
+    elsewhere = functools.partial(_online, run, data) if online else None
+    training = train.Training(run, context, Dataset.open(data.data), online, labelled, elsewhere)
     if not training.run():
         return False
     if judge:
@@ -119,6 +123,16 @@ def pretrain(run: Run, context: Context, data: Folders) -> bool:
         tasks = [task for task in run.eval.tasks if task in possible]
         _score(judge, context, tasks, run.eval.backbones or ("random", "pretrained"))
     return True
+
+
+def _online(run: Run, data: Folders, state: dict[str, Tensor]) -> dict[str, float]:
+    """What `Evaluation.online` finds of a backbone with this state, in a process of its own."""
+    with Context(run.run_dir) as alone:
+        judge = _judge(run, alone, data)
+        assert judge is not None
+        backbone = method.build(run).evaluated()
+        backbone.load_state_dict(state)
+        return judge.online(backbone)
 
 
 def evaluate_run(run: Run, context: Context, tasks: Sequence[str] | None) -> None:

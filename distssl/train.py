@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 Probe = Callable[[backbones.Backbone], dict[str, float]]  # backbone -> metrics; every rank calls it
 
+Elsewhere = Callable[[dict[str, torch.Tensor]], dict[str, float]]  # a backbone's state -> metrics; picklable
+
 
 class Training:
     """One run on this rank, at some optimiser step.
@@ -44,17 +46,19 @@ class Training:
         dataset: Dataset,
         probe: Probe | None = None,
         labelled: Dataset | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self.cfg = run
         self.context = context
         self.dataset = dataset
         self.labelled = labelled
         self.probe = probe
+        self.elsewhere = elsewhere  # the same for another process
         self.plan = plan.of_run(run, dataset, context.world_size)
         self.quarantine = quarantine.Quarantine()
         self.dtype = precision.resolve(run.train.precision, context.device)
         precision.speed_up_float32_matmul()
-        self.method = _placed(method.build(run), context.device, self.dtype)
+        self.method = norm.placed(method.build(run), context.device, self.dtype)
         if self.plan.micro_batches:
             self.method.take_parts(self.plan.micro_batches)
         self.optimizer = optim.build(
@@ -89,6 +93,7 @@ class Training:
             while self.step < self.plan.total_steps and not stop:
                 self.take_step(batches)
                 stop = self._after_step()
+            self._take_evaluations(wait=True)
             return not stop
         finally:
             self.close()
@@ -164,11 +169,28 @@ class Training:
         if self.step % self.cfg.train.log_every == 0 or last or self.news:
             stop = self._log() and not last
         if self.probe and (due or last):
-            with self.window.paused():
-                self._record(self.probe(self.method.evaluated()))
+            self._probe()
         if due or last or stop or self.step % self.cfg.checkpoint.every == 0:
             self._checkpoint()
         return stop
+
+    def _probe(self) -> None:
+        """Evaluate the backbone as it is, beside the training where there is room for it."""
+        assert self.probe
+        backbone = self.method.evaluated()
+        if self.elsewhere:
+            state = checkpoint.snapshot(backbone.state_dict()) if self.context.rank == 0 else {}
+            if self.context.beside(functools.partial(self.elsewhere, state), self.step):
+                return
+        with self.window.paused():
+            self._record(self.probe(backbone))
+
+    def _take_evaluations(self, wait: bool = False) -> None:
+        """Log what evaluations beside the training have found, at the steps they are of."""
+        for step, metrics in self.context.evaluated(wait):
+            if self.monitor:
+                self.monitor.log(step, metrics)
+                checkpoint.add_metrics(self.context.run_dir, step, metrics)
 
     def _log(self) -> bool:
         """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
@@ -190,6 +212,7 @@ class Training:
             za, zb = (collectives.gather_no_grad(z.float()) for z in embeddings[:2])  # [B, D] each
             figures |= {name: value.item() for name, value in diagnostics.of_embeddings(za, zb).items()}
         news, self.news = self.news, {}
+        self._take_evaluations()
         self._record(
             figures
             | news
@@ -268,13 +291,6 @@ class Training:
         all_ids = collectives.gather_no_grad(ids.T.contiguous()).T  # [accumulate, B]
         if self.monitor:
             self.monitor.ledger(self.step, self.plan.epoch(self.step - 1), all_ids.flatten().tolist())
-
-
-def _placed(built: method.Method, device: torch.device, dtype: torch.dtype) -> method.Method:
-    """Global BatchNorm, on the device, in the memory format of the views."""
-    norm.convert(built)
-    built.to(device, precision.parameter_dtype(dtype))
-    return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _write(run_dir: Path, cfg: config.Checkpoint, step: int, state: dict[str, Any], metrics: dict[str, float]) -> Path:

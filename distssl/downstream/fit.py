@@ -64,7 +64,7 @@ class Fitting:
 
     def __init__(self, network: Network, job: Job, how: Extraction, context: Context) -> None:
         self.job, self.how, self.context, self.recipe = job, how, context, network.how
-        self.network = _placed(network, context.device, how.dtype)
+        self.network = norm.placed(network, context.device, how.dtype)
         self.network.seed = job.seed
         self.known = network.annotations(job.train, job.train_ids)
         self.optimizer = optim.build(
@@ -211,9 +211,3 @@ def finish(folder: Path, metrics: dict[str, float], context: Context) -> None:
 def _of(known: dict[int, Any], views: dict[str, Tensor]) -> list[Any]:
     """What is known of a batch's images."""
     return [known[sample] for sample in views["id"].tolist()] if known else []
-
-
-def _placed(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
-    norm.convert(network)
-    network.to(device, precision.parameter_dtype(dtype))
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -7,7 +7,7 @@ Sample Variance, The American Statistician 1983), so nothing cancels and ranks m
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distssl import collectives
+from distssl.nn import precision
 
 aten = torch.ops.aten
+M = TypeVar("M", bound=nn.Module)
 
 
 def convert(module: nn.Module) -> nn.Module:
@@ -30,6 +32,13 @@ def convert(module: nn.Module) -> nn.Module:
         return module
     native = any(parameter.is_cuda for parameter in module.parameters())
     return _converted(module, nn.SyncBatchNorm if native else GlobalBatchNorm)
+
+
+def placed(module: M, device: torch.device, dtype: torch.dtype) -> M:
+    """The module with global BatchNorm, on the device to compute in `dtype`, in the memory format of the views."""
+    convert(module)
+    module.to(device, precision.parameter_dtype(dtype))
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class GlobalBatchNorm(_BatchNorm):

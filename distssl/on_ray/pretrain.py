@@ -41,8 +41,10 @@ GAUGES = ("loss", "lr", "images_per_s", "data_wait", "effective_rank", "knn", "e
 class RayContext(Context):
     """A worker of a Ray Train run; Ray has set up the process group."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, eval_cpus: int | None = None) -> None:
         super().__init__(run_dir)
+        self._eval_cpus = eval_cpus
+        self._evaluations: dict[Any, int] = {}  # what Ray will give -> the step it is of
         self._gauges = {name: Gauge(f"distssl_{name}", tag_keys=("run",)) for name in GAUGES}
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run_dir.name})
@@ -67,10 +69,31 @@ class RayContext(Context):
             _tell(self.run_dir, self.rank, error)
             raise
 
+    def beside(self, evaluate: Callable[[], dict[str, float]], step: int) -> bool:
+        if self._eval_cpus is None:
+            return False
+        if self.rank == 0:
+            task = ray.remote(num_cpus=self._eval_cpus)(_evaluate)
+            self._evaluations[task.remote(evaluate, self._eval_cpus)] = step
+        return True
+
+    def evaluated(self, wait: bool = False) -> list[tuple[int, dict[str, float]]]:
+        started = list(self._evaluations)
+        if not started:
+            return []
+        done, _ = ray.wait(started, num_returns=len(started), timeout=None if wait else 0)
+        return [(self._evaluations.pop(found), ray.get(found)) for found in done]
+
     def record(self, metrics: Mapping[str, float]) -> None:
         if self.rank == 0:
             for name in self._gauges.keys() & metrics.keys():
                 self._gauges[name].set(metrics[name])
+
+
+def _evaluate(evaluate: Callable[[], dict[str, float]], threads: int) -> dict[str, float]:
+    """The whole of a task of Ray's."""
+    torch.set_num_threads(threads)
+    return evaluate()
 
 
 def _work(job: dict[str, Any]) -> None:
@@ -80,7 +103,7 @@ def _work(job: dict[str, Any]) -> None:
     run: Run = job["run"]
     if any("finished" not in outcome for outcome in _outcomes(run.run_dir)):
         return
-    with RayContext(run.run_dir) as context:
+    with RayContext(run.run_dir, run.machine.eval_cpus) as context:
         try:
             finished = pretrain(run, context, job["folders"])
         except (ConfigError, RunError) as error:
@@ -130,7 +153,8 @@ def run(run: Run, folders: Folders, workers: int) -> bool:
 
     Raises ConfigError or RunError as the workers did, and RunError where they kept dying.
     """
-    cpus = max(os.cpu_count() or 1, workers)
+    kept = run.machine.eval_cpus or 0
+    cpus = max(os.cpu_count() or 1, workers + kept)
     on_gpu = torch.cuda.is_available()
     _forget(run.run_dir)
     os.environ |= ENVIRONMENT
@@ -141,7 +165,7 @@ def run(run: Run, folders: Folders, workers: int) -> bool:
         scaling_config=train.ScalingConfig(
             num_workers=workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": cpus // workers, "GPU": int(on_gpu)},
+            resources_per_worker={"CPU": (cpus - kept) // workers, "GPU": int(on_gpu)},
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=train.RunConfig(

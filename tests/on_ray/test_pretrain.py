@@ -5,6 +5,7 @@ Every process is known by its place below the driver that started it, so no othe
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -208,3 +209,23 @@ def test_a_mistake_that_a_restart_cannot_mend_ends_the_run_with_one_line(start: 
     assert said.count("error: the loss is") == said.count("error:") == 1
     assert not tracebacks(said)
     assert "resuming" not in said
+
+
+def test_evaluations_beside_the_training_land_on_their_steps(
+    start: Callable[..., Driver], undisturbed: Path, packed: Path
+) -> None:
+    """The figures of evaluations that training waits for, with training as it was."""
+    points = {}
+    for name, overrides in (("beside", ["machine.eval_cpus=1"]), ("waiting", [])):
+        driver = start(*overrides, "eval.every=1", "eval.tasks=[knn]", f"name={name}", "--workers=1")
+        assert driver.exit_code() == 0, driver.log.read_text()
+        run_dir = driver.run_dir.parent / name
+        rows = monitor.read_jsonl(run_dir / monitor.METRICS)
+        points[name] = {row["step"]: row["knn"] for row in rows if "knn" in row}
+        trained = [row["loss"] for row in rows if "loss" in row]
+        assert trained == pytest.approx(losses(undisturbed), rel=1e-6)
+    assert list(sorted(points["beside"])) == [(epoch + 1) * STEPS_PER_EPOCH for epoch in range(EPOCHS)]
+    assert points["beside"] == points["waiting"]
+    kept = checkpoint.folder(driver.run_dir.parent / "beside")
+    told = [json.loads((path / checkpoint.MANIFEST).read_text())["metrics"] for path in kept.glob("step_*")]
+    assert any("knn" in metrics for metrics in told)
