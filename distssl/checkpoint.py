@@ -13,7 +13,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,21 @@ def write(run_dir: Path, step: int, state: Mapping[str, Any], metrics: Mapping[s
     return final
 
 
+def commit(
+    run_dir: Path,
+    step: int,
+    state: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    keep_last: int,
+    keep_best: str | None,
+    keep_steps: Collection[int],
+) -> Path:
+    """`write`, then `prune`."""
+    path = write(run_dir, step, state, metrics)
+    prune(run_dir, keep_last=keep_last, keep_best=keep_best, keep_steps=keep_steps)
+    return path
+
+
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's state, on the CPU. Raises ConfigError where it is not whole."""
     try:
@@ -121,13 +136,13 @@ def add_metrics(run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
         return
 
 
-def prune(run_dir: Path, *, keep_last: int, keep_best: str | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best by a metric (lowest for a loss).
+def prune(run_dir: Path, *, keep_last: int, keep_best: str | None, keep_steps: Collection[int] = ()) -> None:
+    """Delete all checkpoints but the newest `keep_last`, the best by a metric (lowest for a loss) and those of steps.
 
     And what writers that were killed left half done: call it from the one process that writes here, between writes.
     """
     paths = sorted(folder(run_dir).glob("step_*"))
-    keep = set(paths[-keep_last:])
+    keep = {*paths[-keep_last:], *(folder(run_dir) / f"step_{step:08d}" for step in keep_steps)}
     scores = {path: score for path in paths if (score := _metric(path, keep_best)) is not None}
     if scores:
         best = min if keep_best == "loss" else max

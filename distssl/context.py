@@ -65,6 +65,10 @@ class Context:
         """The steps and metrics of evaluations that have ended since, or with `wait` of all; on rank 0."""
         return []
 
+    def pending(self) -> set[int]:
+        """The steps of evaluations that have not ended."""
+        return set()
+
     def record(self, metrics: Mapping[str, float]) -> None:
         """Show metrics outside the run folder, where there is such a place (Ray's gauges)."""
 

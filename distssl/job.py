@@ -55,11 +55,12 @@ def prepare(run: Run, world_size: int) -> Folders:
 
 
 def _check_labels(run: Run, ready: Folders) -> None:
-    """Labels that the user names must be there for each task, before anything is trained."""
-    if run.eval.source and ready.eval_train:
-        test = Dataset.open(ready.eval_test) if ready.eval_test else None
+    """Labels must be right for each task, and those that the user names be there, before anything is trained."""
+    if ready.eval_train:
+        train, test = Dataset.open(ready.eval_train), Dataset.open(ready.eval_test) if ready.eval_test else None
         for kind in {evaluate.kind(task) for task in run.eval.tasks}:
-            labels.find(Dataset.open(ready.eval_train), test, kind, "")
+            if run.eval.source or labels.has(train, kind):
+                labels.find(train, test, kind, "")
 
 
 def _refuse_another(run: Run) -> None:
@@ -174,6 +175,10 @@ def trained(run: Run, run_dir: Path) -> method.Method:
     state = checkpoint.newest(run_dir)
     if state is None:
         raise ConfigError(f"{run_dir}: no checkpoint yet")
+    changed = config.differences(config.parse(state["config"]), run)
+    wrong = [line for line in changed if line.startswith(("model.", "method."))]
+    if wrong:
+        raise ConfigError(*(f"{run_dir}: {line}; the checkpoint's is right" for line in wrong))
     built = method.build(run)
     built.load_state_dict(state["model"])
     return built

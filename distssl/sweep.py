@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 
 from distssl import atomic, config, job, method, settings
 from distssl.config import Run, Section, TaskName
-from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER
+from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, METRICS
 from distssl.errors import ConfigError
 
 OWN_KEYS = ("run", "backbone", "labels")  # of a space, beside the keys of a run's config that begin with eval.
@@ -106,6 +106,8 @@ def load(file: Path, overrides: Sequence[str]) -> Sweep:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(*(settings.explain(Sweep, item) for item in error.errors())) from None
+    if sweep.metric not in METRICS[sweep.task]:
+        raise ConfigError(f"metric={sweep.metric}: {sweep.task} has {', '.join(METRICS[sweep.task])}")
     for folder in sweep.runs:
         if not (folder / job.CONFIG).exists():
             raise ConfigError(f"runs: {folder}: no run there; run folders with {job.CONFIG} are right")

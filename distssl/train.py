@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,6 +189,7 @@ class Training:
         for step, metrics in self.context.evaluated(wait):
             if self.monitor:
                 self.monitor.log(step, metrics)
+                self.context.record(metrics)
                 checkpoint.add_metrics(self.context.run_dir, step, metrics)
 
     def _log(self) -> bool:
@@ -251,7 +251,8 @@ class Training:
         """Take the state now, write it in the background. Every rank calls it."""
         metrics = dict(self.metrics)
         state = self._state() if self.context.rank == 0 else {}
-        write = functools.partial(_write, self.context.run_dir, self.cfg.checkpoint, self.step, state, metrics)
+        keep = self.cfg.checkpoint.keep_last, self.cfg.checkpoint.keep_best, self.context.pending()
+        write = functools.partial(checkpoint.commit, self.context.run_dir, self.step, state, metrics, *keep)
         self.context.commit(write, metrics)
 
     def _state(self) -> dict[str, Any]:
@@ -291,9 +292,3 @@ class Training:
         all_ids = collectives.gather_no_grad(ids.T.contiguous()).T  # [accumulate, B]
         if self.monitor:
             self.monitor.ledger(self.step, self.plan.epoch(self.step - 1), all_ids.flatten().tolist())
-
-
-def _write(run_dir: Path, cfg: config.Checkpoint, step: int, state: dict[str, Any], metrics: dict[str, float]) -> Path:
-    path = checkpoint.write(run_dir, step, state, metrics)
-    checkpoint.prune(run_dir, keep_last=cfg.keep_last, keep_best=cfg.keep_best)
-    return path

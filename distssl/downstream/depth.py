@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distssl.data.windows import Window
 from distssl.downstream.task import Network, Views, counted_mean, unnormalised
+from distssl.errors import ConfigError
 from distssl.nn.skip_head import SkipHead, pyramid_channels
 
 DELTA = 1.25
@@ -25,6 +26,7 @@ DELTA = 1.25
 class Depth(Network):
     kind = "depth"
     target = "depth"
+    pictures_an_image = 3
 
     def build(self) -> None:
         self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), 1)
@@ -76,6 +78,7 @@ def sums(predicted: Tensor, true: Tensor) -> np.ndarray:
 
 def of_sums(total: np.ndarray) -> dict[str, float]:
     """abs_rel; rmse in metres; delta_1, the share of pixels whose ratio to the truth is below 1.25."""
-    relative, squared, within, count = total / max(total[-1], 1)
-    del count
+    if not total[-1]:
+        raise ConfigError("eval.test_source: no pixel of its images has a known depth")
+    relative, squared, within, _ = total / total[-1]
     return {"abs_rel": float(relative), "rmse": float(squared**0.5), "delta_1": float(within)}

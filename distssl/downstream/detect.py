@@ -24,11 +24,13 @@ from distssl.data.shards import Dataset
 from distssl.downstream import frames, labels
 from distssl.downstream.labels import Boxes
 from distssl.downstream.task import Network, Recipe, Views, unnormalised
+from distssl.errors import ConfigError
 from distssl.nn.backbones import Backbone
 from distssl.nn.skip_head import pyramid_channels
 
 STRIDES_AN_ANCHOR = 8  # the side of a level's anchors, in its strides, as in torchvision's default
 VISIBLE = 0.25  # of a box's area must be in the window
+MULTIPLE = 32  # of the views' side
 SHOWN = 0.5  # the score from which a picture shows a box
 
 
@@ -37,6 +39,8 @@ class Detect(Network):
     recipe: ClassVar[Recipe] = Recipe(batch=16, size_px=256)
 
     def build(self) -> None:
+        if self.how.size_px % MULTIPLE:  # torchvision would pad the images, and put the anchors elsewhere
+            raise ConfigError(f"eval.fit.size_px={self.how.size_px}: detection needs a multiple of {MULTIPLE}")
         channels = pyramid_channels(self.backbone, self.how.size_px)
         width = min(256, max(32, channels[-1] // 8))  # a ResNet-50's is the paper's
         pyramid = _Pyramid(self.backbone, channels, width)
@@ -179,6 +183,8 @@ def _area(corners: Tensor) -> Tensor:
 
 def average_precision(images: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """COCO's ap (mean over IoU 0.50 to 0.95) and ap50, by torchmetrics and pycocotools."""
+    if not any(len(image["true_labels"]) for image in images):
+        raise ConfigError("eval.test_source: none of its images has a box")
     from torchmetrics.detection import MeanAveragePrecision
 
     metric = MeanAveragePrecision(iou_type="bbox")

@@ -32,6 +32,7 @@ from distssl.downstream.labels import Labelled
 from distssl.downstream.rows import Row
 from distssl.downstream.segment import Segment
 from distssl.downstream.task import Facts, Network, Recipe
+from distssl.errors import ConfigError
 from distssl.nn.backbones import Backbone
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,9 @@ class Evaluation:
         """A copy of one of the backbones; the random one has other weights for another seed."""
         if name == "pretrained":
             assert self.trained is not None
-            return copy.deepcopy(self.trained.evaluated())
+            found = copy.deepcopy(self.trained.evaluated())
+            found.micro_batches = None  # those of the pretraining's batch
+            return found
         if name == "supervised":
             return self._supervised()
         return method.build(self.run.model_copy(update={"seed": self.run.seed + seed})).evaluated()
@@ -188,8 +191,9 @@ class Evaluation:
     def _supervised(self) -> Backbone:
         """The network trained on all labels, of which the checkpoint is kept."""
         job, recipe, data = self._job("finetune", "supervised", None, 0)
-        fitting = self._fitting("finetune", "supervised", job, recipe, data)
-        fitting.run()
+        with atomic.one_writer(job.folder, self.context.rank):
+            fitting = self._fitting("finetune", "supervised", job, recipe, data)
+            fitting.run()
         return fitting.network.backbone
 
     def _job(self, task: str, name: str, how_many: int | str | None, seed: int) -> tuple[Job, Recipe, Labelled]:
@@ -198,6 +202,7 @@ class Evaluation:
         ids = self._few(data, kind(task), how_many, seed)
         facts = [task, name, seed, recipe, data.train.fingerprint, data.test.fingerprint, self.cfg.num_classes]
         facts += [ids.tolist(), data.test_ids.tolist(), features.parameters_digest(self._start(name, seed))]
+        facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels]
         digest = hashlib.sha256(json.dumps(facts, default=dataclasses.asdict).encode()).hexdigest()[:12]
         title = f"{task} on {len(ids)} of {self.name}, {name} backbone, seed {seed}"
         folder = self.context.run_dir / FITS / f"{task}_{self.name}_{name}_{len(ids)}_seed{seed}_{digest}"
@@ -223,12 +228,21 @@ class Evaluation:
 
     def _facts(self, chosen: type[Network], data: Labelled) -> Facts:
         if chosen.kind == "keypoints":
-            points = labels.keypoints(data.train, data.train_ids[:1])
-            return Facts(num_points=len(points[int(data.train_ids[0])]))
+            return Facts(num_points=labels.num_points(data))
         if chosen.kind == "depth":
             return Facts(log_depth=labels.mean_log_depth(data.train, data.train_ids))
         asked = self.cfg.num_classes if chosen.kind != labels.LABEL else None
-        return Facts(num_classes=asked or labels.num_classes(data.train, data.train_ids, chosen.kind))
+        largest = labels.num_classes(data.train, data.train_ids, chosen.kind)
+        num = asked or largest
+        if chosen.kind == "boxes" and largest > num:
+            raise ConfigError(
+                f"eval.num_classes={num}: boxes have labels up to {largest - 1}; at least {largest} is right"
+            )
+        if chosen.kind == "mask" and largest < 2:
+            raise ConfigError(
+                "eval.source: its masks have class 0 alone (255 is none); two classes from 0 on are right"
+            )
+        return Facts(num_classes=num)
 
     def _few(self, data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:
         classes = data.train.rows(data.train_ids).label if kind == labels.LABEL else np.zeros(len(data.train_ids))

@@ -120,6 +120,8 @@ def extract(
         if not collectives.broadcast_object((folder / META).exists()):
             _write(backbone, dataset, ids, how, context, folder)
     done = np.array(json.loads((folder / META).read_text())["ids"], np.int64)
+    if not len(done):
+        raise ConfigError(f"{dataset.folder}: none of its {len(ids)} labelled images can be read")
     at = np.searchsorted(ids, done)
     return Features(done, dataset.rows(done).label.astype(np.int64), np.load(folder / ROWS, mmap_mode="r"), at)
 
@@ -163,7 +165,7 @@ def _free_memory() -> int:
 
 
 def _fingerprint(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction) -> str:
-    digest = hashlib.sha256(f"{dataset.fingerprint} {how.size_px} {how.crop} {how.dtype}".encode())
+    digest = hashlib.sha256(f"{dataset.fingerprint} {how.size_px} {how.crop} {how.dtype} {how.max_pixels}".encode())
     digest.update(np.ascontiguousarray(ids).tobytes())
     digest.update(parameters_digest(backbone).encode())
     return digest.hexdigest()[:16]

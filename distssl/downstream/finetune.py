@@ -21,6 +21,7 @@ from distssl.downstream.task import Network, Recipe, Views, jitter
 
 class Finetune(Network):
     kind = labels.LABEL
+    uses_pyramid = False
 
     def build(self) -> None:
         self.head = nn.Linear(self.backbone.num_features, self.facts.num_classes)

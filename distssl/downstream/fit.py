@@ -30,7 +30,7 @@ from distssl.data.shards import Dataset
 from distssl.downstream import features
 from distssl.downstream.features import Extraction
 from distssl.downstream.task import Network
-from distssl.errors import RunError
+from distssl.errors import ConfigError, RunError
 from distssl.nn import norm, optim, precision
 from distssl.plan import LabelledStream
 
@@ -114,6 +114,8 @@ class Fitting:
         mine = features.ids_of_rank(self.job.test_ids, TEST_BATCH, self.context)
         judged = [self.network.judge(batch, _of(known, batch)) for batch in self._test_batches(mine)]
         parts = collectives.gather_objects(judged)
+        if not any(parts):
+            raise ConfigError("eval.test_source: none of its images can be read")
         return type(self.network).score([batch for part in parts for batch in part])
 
     @torch.no_grad()
@@ -126,7 +128,13 @@ class Fitting:
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         ids = self.job.train_ids
-        batch = 1 << (min(self.recipe.batch, len(ids)).bit_length() - 1)  # a power of two: most numbers of workers fit
+        batch = self.recipe.batch
+        if batch > len(ids):
+            batch = 1 << (len(ids).bit_length() - 1)  # a power of two: most numbers of workers fit
+        if batch % self.context.world_size:
+            raise ConfigError(
+                f"eval.fit.batch={batch}, for {len(ids)} labels: {self.context.world_size} workers cannot share it"
+            )
         # A shard a label: an epoch leaves out what does not fill its last batch, and that should be others each time.
         order = Order(np.arange(len(ids) + 1), seed=self.job.seed, global_batch=batch, shuffle_window=len(ids))
         order.check_world_size(self.context.world_size)

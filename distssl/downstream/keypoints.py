@@ -19,6 +19,7 @@ from torch import Tensor
 from distssl.data.shards import Dataset
 from distssl.downstream import frames, labels
 from distssl.downstream.task import Network, Recipe, Views, counted_mean, unnormalised
+from distssl.errors import ConfigError
 from distssl.nn.skip_head import SkipHead, pyramid_channels
 
 SIGMA = 1.0  # of the Gaussian, in places of the heatmap
@@ -114,6 +115,8 @@ def of_points(images: np.ndarray) -> dict[str, float]:
     fewer than two visible points have none and count for the error alone.
     """
     found, true, visible = images[..., :2], images[..., 2:4], images[..., 4] > 0  # [N, P, 2] twice, [N, P]
+    if not visible.any():
+        raise ConfigError("eval.test_source: none of its keypoints is visible")
     error = np.linalg.norm(found - true, axis=-1)
     low = np.where(visible[..., None], true, np.inf).min(1)
     high = np.where(visible[..., None], true, -np.inf).max(1)

@@ -187,16 +187,40 @@ def num_classes(dataset: Dataset, ids: np.ndarray, kind: str) -> int:
 def mean_log_depth(dataset: Dataset, ids: np.ndarray) -> float:
     """The mean of the log of metres over the pixels whose depth is known, in MOST_MEASURED of the images."""
     logs = [_log_depths(data) for data in annotations.read(dataset, subset(ids, MOST_MEASURED, 0), "depth") if data]
-    return float(np.concatenate(logs).mean())
+    known = np.concatenate(logs)
+    if not len(known):
+        raise ConfigError("eval.source: no pixel of its depth maps has a known depth; millimetres above 0 are right")
+    return float(known.mean())
 
 
 def _log_depths(data: bytes) -> np.ndarray:
-    metres = np.asarray(Image.open(io.BytesIO(data)), np.float64) / 1000
+    metres = _pixels(data).astype(np.float64) / 1000
     return np.log(metres[metres > 0])
 
 
+def _pixels(data: bytes) -> np.ndarray:
+    """Of a PNG; none of one that is damaged, which the loader will name and leave out."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)))
+    except (OSError, SyntaxError):
+        return np.zeros(0, np.uint8)
+
+
+def num_points(data: Labelled) -> int:
+    """Of each image. Raises ConfigError where there is none, or the test images have another number."""
+    found = [
+        len(keypoints(dataset, ids[:1])[int(ids[0])])
+        for dataset, ids in ((data.train, data.train_ids), (data.test, data.test_ids))
+    ]
+    if found[0] != found[1] or not found[0]:
+        raise ConfigError(
+            f"eval.source: {found[0]} keypoints an image, {found[1]} in the test images; as many, and one, are right"
+        )
+    return found[0]
+
+
 def _largest_in_mask(data: bytes) -> int:
-    values = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    values = _pixels(data)
     return int(values.max(initial=0, where=values != 255))
 
 

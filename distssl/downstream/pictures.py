@@ -82,7 +82,7 @@ def of_network(context: Context, fitting: Fitting, task: str, backbone: str, nam
     """What a network predicts for the first test images, beside the truth."""
     rows = fitting.picture(NUM_PREDICTED)
     if rows:
-        _save(_file(context, f"{task}_{name}_{backbone}"), rows, len(rows) // NUM_PREDICTED * 2)
+        _save(_file(context, f"{task}_{name}_{backbone}"), rows, 2 * fitting.network.pictures_an_image)
 
 
 def _edged(image: Tensor, right: bool | None) -> Tensor:

@@ -14,6 +14,17 @@ from distssl import atomic
 
 SUMMARY = "summary.json"
 BACKBONES = ("random", "pretrained", "supervised")
+METRICS = {
+    "knn": ("accuracy",),
+    "linear": ("accuracy", "macro_f1"),
+    "finetune": ("accuracy", "macro_f1"),
+    "retrieval": ("recall_at_1", "recall_at_5", "recall_at_10", "map"),
+    "cluster": ("ari", "nmi", "accuracy"),
+    "segment": ("miou", "pixel_accuracy", "f1"),
+    "detect": ("ap", "ap50"),
+    "depth": ("abs_rel", "rmse", "delta_1"),
+    "keypoints": ("pck_0.05", "pck_0.1", "mean_error"),
+}
 LOWER_IS_BETTER = ("abs_rel", "rmse", "mean_error")  # of the metrics; these are no shares either
 
 
@@ -60,10 +71,11 @@ def half_width(values: Sequence[float]) -> float | None:
 
 def write_summary(run_dir: Path, rows: Sequence[Row]) -> list[Row]:
     """Add rows to summary.json in the run folder, each in the place of an older one of its kind; all rows there."""
-    merged = {row.place: row for row in [*read_summary(run_dir), *rows]}
-    listed = [asdict(row) | {"value": row.value} for row in merged.values()]
-    with atomic.replacing(run_dir / SUMMARY) as file:
-        file.write_text(json.dumps({"rows": listed}, indent=1) + "\n")
+    with atomic.locked(run_dir):
+        merged = {row.place: row for row in [*read_summary(run_dir), *rows]}
+        listed = [asdict(row) | {"value": row.value} for row in merged.values()]
+        with atomic.replacing(run_dir / SUMMARY) as file:
+            file.write_text(json.dumps({"rows": listed}, indent=1) + "\n")
     return list(merged.values())
 
 

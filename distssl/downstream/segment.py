@@ -87,6 +87,8 @@ def confusion(predicted: Tensor, true: Tensor, num_classes: int) -> Tensor:
 
 def of_confusion(counts: np.ndarray) -> dict[str, float]:
     """miou and f1, means over the classes that occur in truth or prediction, and pixel accuracy; counts: [K, K]."""
+    if not counts.sum():
+        raise ConfigError("eval.test_source: no pixel of its masks has a class")
     right, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     occurs = truth + predicted > 0
     iou = right[occurs] / (truth + predicted - right)[occurs]

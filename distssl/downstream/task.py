@@ -63,6 +63,8 @@ class Network(nn.Module, ABC):
     kind: ClassVar[str]  # of labels: labels.LABEL or one of annotations.KINDS
     target: ClassVar[str | None] = None  # "mask" or "depth", where the views read one
     recipe: ClassVar[Recipe] = Recipe()
+    uses_pyramid: ClassVar[bool] = True  # of the backbone; else its features
+    pictures_an_image: ClassVar[int] = 2  # of those `picture` gives
 
     def __init__(self, backbone: Backbone, facts: Facts, recipe: Recipe) -> None:
         super().__init__()
@@ -76,7 +78,20 @@ class Network(nn.Module, ABC):
         trained = {"all": len(stages), "head": 0}.get(str(recipe.trained), recipe.trained)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(self._depth[name] < int(trained))
+        if self.uses_pyramid:
+            self._leave_out_what_no_map_needs()
         self.build()
+
+    def _leave_out_what_no_map_needs(self) -> None:
+        """Some of timm's networks have layers between their last map and their features: DDP would wait for them."""
+        learning = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        if not learning:
+            return
+        maps = self.backbone.eval().pyramid(torch.zeros(1, 3, self.how.size_px, self.how.size_px))
+        total = torch.stack([x.sum() for x in maps]).sum()
+        gradients = torch.autograd.grad(total, learning, allow_unused=True)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     @abstractmethod
     def build(self) -> None:

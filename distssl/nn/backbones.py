@@ -199,6 +199,7 @@ class Timm(Backbone):
     """A network of timm without its classifier; a transformer's feature map is its patch tokens in their places."""
 
     def _feature_map(self, x: Tensor) -> Tensor:
+        self._check_size(x)
         y = self.net.forward_features(x)  # pyright: ignore[reportCallIssue]
         if y.dim() == 4:
             return y.permute(0, 3, 1, 2) if getattr(self.net, "output_fmt", "NCHW") == "NHWC" else y
@@ -207,7 +208,18 @@ class Timm(Backbone):
         return patches.transpose(1, 2).unflatten(2, (height, -1))  # [N, C, h, w]
 
     def _features(self, x: Tensor) -> Tensor:
+        self._check_size(x)
         return self.net(x)
+
+    def _check_size(self, x: Tensor) -> None:
+        """Raises ConfigError for images of a size that a transformer was not built for."""
+        patches = getattr(self.net, "patch_embed", None)
+        sides = getattr(patches, "img_size", None)
+        if sides and getattr(patches, "strict_img_size", False) and tuple(x.shape[2:]) != tuple(sides):
+            raise ConfigError(
+                f"the backbone takes images of {sides[0]} px, not {x.shape[2]}: say eval.fit.size_px={sides[0]} (for "
+                "frozen features eval.size_px), or model.options={dynamic_img_size: true}"
+            )
 
     def stages(self) -> dict[str, int]:
         from timm.models import group_parameters

@@ -84,6 +84,9 @@ class RayContext(Context):
         done, _ = ray.wait(started, num_returns=len(started), timeout=None if wait else 0)
         return [(self._evaluations.pop(found), ray.get(found)) for found in done]
 
+    def pending(self) -> set[int]:
+        return set(self._evaluations.values())
+
     def record(self, metrics: Mapping[str, float]) -> None:
         if self.rank == 0:
             for name in self._gauges.keys() & metrics.keys():

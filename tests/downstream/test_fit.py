@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distssl import config, job, method
+from distssl import config, job, method, plan
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import shards
-from distssl.downstream import evaluate, fit, rows
+from distssl.downstream import evaluate, fit, pictures, rows
 from distssl.downstream.evaluate import Evaluation
 from distssl.downstream.fit import Fitting
 from distssl.errors import ConfigError
@@ -145,6 +145,18 @@ def test_what_was_reported_before_a_crash_is_reported_again(packed: dict[str, Pa
     assert [step for step, _, _ in reports[1]] == [2, 4, 6]
     assert reports[1] == reports[2]
     assert reports[0] == reports[1][:2]
+
+
+def test_few_test_images_are_drawn_and_micro_batches_stay_behind(packed: dict[str, Path], tmp_path: Path) -> None:
+    run = runs.tiny(packed["segment"], tmp_path, *FIT, "train.micro_batch=8", "data.lanes=4")
+    trained = method.build(run)
+    trained.backbone.micro_batches = plan.of_run(run, shards.Dataset.open(packed["segment"]), 1).micro_batches
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, shards.Dataset.open(packed["segment"]), None, trained)
+        assert judge.backbone("pretrained").micro_batches is None
+        assert len(judge.labelled("mask").test_ids) < pictures.NUM_PREDICTED
+        assert judge.figure("segment", "pretrained", None, 0)["miou"] > 0
+    assert len(list((tmp_path / pictures.FOLDER).glob("segment_*_pretrained.png"))) == 1
 
 
 def test_a_mask_with_a_class_too_many_is_named(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_rungs_are_below_the_number_of_steps() -> None:
         ({"space": {"backbone": {"choice": ["best"]}}}, "random, pretrained, supervised"),
         ({"runs": ["nowhere"]}, "no run there"),
         ({"task": "segmentation"}, "task="),
+        ({"task": "segment"}, "metric=accuracy: segment has miou, pixel_accuracy, f1"),
         ({"trials": 3}, "did you mean num_trials?"),
     ],
 )
