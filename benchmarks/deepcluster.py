@@ -7,7 +7,7 @@ Command: python benchmarks/deepcluster.py      (--help for the rest; run again, 
 
 Photos, backbone and optimiser are those of learn.py, and so are the options but for k. Labels are those of clothing and
 groceries together; they are looked at and not learned from. A finished k and seed is a JSON file in
-benchmarks/rows_deepcluster; table and deepcluster.svg are made of those there are.
+benchmarks/rows_deepcluster; table and deepcluster.html are made of those there are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import csv
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,10 @@ import contestants
 import numpy as np
 import photos
 import provenance
-import svg
 import torch
 from contestants import Settings
 
-from distssl import config, job, monitor
+from distssl import config, job, monitor, page, svg
 from distssl.context import Context
 from distssl.data import indexing, shards
 from distssl.nn import precision
@@ -135,18 +134,26 @@ def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:
 
 
 def plots(found: Sequence[dict[str, Any]]) -> str:
-    """The three plots, side by side."""
+    """A page with the three plots."""
     ks = sorted({row["clusters"] for row in found})
-    over_epochs = [
-        svg.Plot(title, "epoch", {f"k = {k}": _course(found, k, figure) for k in ks})
-        for title, figure in (("NMI with labels", "nmi_labels"), ("NMI with the epoch before", "nmi_previous"))
-    ]
     by_k = {"NMI with labels": [(k, float(np.mean(_last(found, k)))) for k in ks]}
     for at in SHOWN:
         by_k[f"{at[0]} {at[1]}"] = [
             (k, float(np.mean([v for row in found if row["clusters"] == k for v in _values(row, at)]))) for k in ks
         ]
-    return svg.draw([*over_epochs, svg.Plot("influence of k", "k", by_k, log_x=True)])
+    over_epochs = [
+        svg.chart(title, "epoch", title, _series({f"k = {k}": _course(found, k, figure) for k in ks}))
+        for title, figure in (("NMI with labels", "nmi_labels"), ("NMI with the epoch before", "nmi_previous"))
+    ]
+    charts = [*over_epochs, svg.chart("influence of k", "k", "NMI or accuracy", _series(by_k), log_x=True)]
+    return page.document("DeepCluster", ['<div class="cards">', *charts, "</div>"])
+
+
+def _series(lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[svg.Series]:
+    return [
+        svg.Series(name, [svg.Point(x, y) for x, y in line], f"c{nth % svg.NUM_COLOURS}", nth)
+        for nth, (name, line) in enumerate(lines.items())
+    ]
 
 
 def _course(found: Sequence[dict[str, Any]], k: int, figure: str) -> list[tuple[float, float]]:
@@ -182,7 +189,7 @@ def main() -> None:
         run = functools.partial(run_cell, settings, prepared, with_labels(out), out)
         cells.work([Cell(k, seed) for seed in range(args.seeds) for k in chosen], run, args.rows.resolve())
     found = cells.read(args.rows)
-    (args.rows / "deepcluster.svg").write_text(plots(found))
+    (args.rows / "deepcluster.html").write_text(plots(found))
     print(render(found, settings))
 
 

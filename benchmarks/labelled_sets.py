@@ -10,12 +10,12 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import photos
 import scenes
+from photos import Split
 
 from distssl.data import indexing, shards
 
@@ -25,14 +25,6 @@ TEST_BLOCK = 5  # the last of so many blocks of a video is the test: neighbourin
 NUM_SCENES = {"train": 800, "test": 200}
 
 Files = Iterator[tuple[str, bytes]]  # name, content
-
-
-@dataclass(frozen=True)
-class Split:
-    """Packed folders."""
-
-    train: Path
-    test: Path
 
 
 def prepare(out: Path) -> dict[str, Split]:

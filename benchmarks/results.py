@@ -3,7 +3,7 @@
 Command: python benchmarks/results.py         (make results; --help for the rest; run again, it goes on)
 
 The runs are learn.py's: the same photos, backbone and steps for every method; one that is not there is trained first.
-Every figure is the product's own evaluation, kept in the run's folder. Rows are copied to benchmarks/results, one file
+Every figure is the product's own evaluation, kept in the run's folder. Rows are copied to benchmarks/results, a folder
 a method, and the table is made of those there are.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import contestants
@@ -21,9 +21,9 @@ import photos
 import provenance
 from contestants import Settings
 
-from distssl import config, job, method
+from distssl import config, job, method, report
 from distssl.context import Context
-from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, Row, half_width, read_summary
+from distssl.downstream.rows import BACKBONES, Row, read_summary, write_summary
 
 METHODS = ("simclr", "moco_v2", "byol", "barlow_twins", "vicreg", "swav", "rotation", "deepcluster_v2")
 ROWS = Path(__file__).parent / "results"
@@ -61,9 +61,11 @@ EXAMS = (
 )
 
 
-def examine(name: str, exam: Exam, settings: Settings, out: Path, splits: dict[str, photos.Split]) -> list[Row]:
+def examine(
+    name: str, exam: Exam, settings: Settings, prepared: photos.Photos, out: Path, splits: dict[str, photos.Split]
+) -> list[Row]:
     """The rows of one method on one data set; of the first method, those of all backbones."""
-    run = contestants.run_of(name, settings, photos.prepare(out, settings.images), out, seed=0)
+    run = contestants.run_of(name, settings, prepared, out, seed=0)
     backbones = BACKBONES if name == METHODS[0] else ("pretrained",)
     split = splits[exam.data]
     changes = [
@@ -92,7 +94,7 @@ def render(found: dict[str, list[Row]]) -> str:
     table = [provenance.describe(), "", "| backbone | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, rows in lines.items():
         by_place = {(row.data, row.task, row.labels, row.metric): row for row in rows}
-        texts = [_text(by_place.get(column)) for column in columns]
+        texts = [report.shown(by_place[column]) if column in by_place else "" for column in columns]
         table.append("| " + " | ".join([name, *texts]) + " |")
     return "\n".join(table) + "\n"
 
@@ -107,14 +109,6 @@ def _columns(exam: Exam, found: dict[str, list[Row]]) -> Iterator[tuple[str, str
     return (place for place in places if place[0] == f"{exam.data}_train" and (place[1], place[3]) in exam.metrics)
 
 
-def _text(row: Row | None) -> str:
-    if row is None:
-        return ""
-    scale, digits = (1, 3) if row.metric in LOWER_IS_BETTER else (100, 1)
-    width = half_width(row.values)
-    return f"{scale * row.value:.{digits}f}" + ("" if width is None else f" ± {scale * width:.{digits}f}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,28 +117,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=Settings.threads)
     args = parser.parse_args(arguments)
     settings, out = Settings(threads=args.threads), args.out.resolve()
-    ROWS.mkdir(exist_ok=True)
     if args.methods != "table":
-        splits = photos.prepare(out, settings.images).splits | labelled_sets.prepare(out)
+        prepared = photos.prepare(out, settings.images)
+        splits = prepared.splits | labelled_sets.prepare(out)
         for name in args.methods.split(","):
-            contestants.pretrained(name, settings, photos.prepare(out, settings.images), out, seed=0)
+            contestants.pretrained(name, settings, prepared, out, seed=0)
+            folder = ROWS / name
+            folder.mkdir(parents=True, exist_ok=True)
             for exam in EXAMS:
-                path = ROWS / f"{name}_{exam.data}.json"
-                if not path.exists():
+                if not any(row.data == f"{exam.data}_train" for row in read_summary(folder)):
                     print(f"{name}: {exam.data}", flush=True)
-                    rows = examine(name, exam, settings, out, splits)
-                    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    print(render(read()))
-
-
-def read() -> dict[str, list[Row]]:
-    """Rows by method."""
-    found: dict[str, list[Row]] = {}
-    for path in sorted(ROWS.glob("*.json")):
-        fields = json.loads(path.read_text())
-        rows = [Row(**row | {"values": tuple(row["values"])}) for row in fields]
-        found.setdefault(path.stem.rpartition("_")[0], []).extend(rows)
-    return found
+                    write_summary(folder, examine(name, exam, settings, prepared, out, splits))
+    print(render({folder.name: read_summary(folder) for folder in sorted(ROWS.glob("*"))}))
 
 
 if __name__ == "__main__":

@@ -167,12 +167,16 @@ class Run(Section):
     @property
     def run_name(self) -> str:
         """The run folder's name: `name`, else method_backbone_source."""
-        source = Path(self.data.source.rstrip("/")).name.split(".")[0].replace(":", "-").replace("*", "")
-        return self.name or f"{self.method.name}_{self.model.backbone}_{source}"
+        return self.name or f"{self.method.name}_{self.model.backbone}_{plain_name(self.data.source)}"
 
     @property
     def run_dir(self) -> Path:
         return self.machine.storage / self.run_name
+
+
+def plain_name(source: str) -> str:
+    """A source's name for folders, files and tables."""
+    return Path(source.rstrip("/")).name.split(".")[0].replace(":", "-").replace("*", "")
 
 
 def load(file: Path | None, overrides: Sequence[str], method_config: Callable[[str], type[BaseModel]]) -> Run:

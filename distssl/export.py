@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distssl import atomic, checkpoint, job, method, model_card
+from distssl import atomic, job, model_card
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
@@ -44,12 +44,8 @@ def export(
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: {', '.join(FORMATS)} are right")
-    state = checkpoint.newest(run_dir)
-    if state is None:
-        raise ConfigError(f"{run_dir}: no checkpoint yet")
-    built = method.build(run)
-    built.load_state_dict(state["model"])
-    backbone = built.evaluated().float().eval()
+    trained, state = job.restored(run, run_dir)
+    backbone = trained.evaluated().float().eval()
     _refuse(run, backbone, form)
     dataset, images = _images(run, run_dir)
     out = (out or run_dir / "export").resolve()

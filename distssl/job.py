@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -172,6 +173,11 @@ def evaluate_once(
 
 def trained(run: Run, run_dir: Path) -> method.Method:
     """The method as the newest checkpoint in a run folder has it. Raises ConfigError where there is none."""
+    return restored(run, run_dir)[0]
+
+
+def restored(run: Run, run_dir: Path) -> tuple[method.Method, dict[str, Any]]:
+    """`trained`, and the checkpoint's state."""
     state = checkpoint.newest(run_dir)
     if state is None:
         raise ConfigError(f"{run_dir}: no checkpoint yet")
@@ -181,7 +187,7 @@ def trained(run: Run, run_dir: Path) -> method.Method:
         raise ConfigError(*(f"{run_dir}: {line}; the checkpoint's is right" for line in wrong))
     built = method.build(run)
     built.load_state_dict(state["model"])
-    return built
+    return built, state
 
 
 def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | None:

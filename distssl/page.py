@@ -7,7 +7,7 @@ import importlib.metadata
 import io
 import itertools
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
@@ -67,14 +67,18 @@ def write(comparison: Comparison, path: Path, command: str) -> None:
         *_pictures(comparison),
         *_origin(comparison, command),
     ]
-    page = (
+    with atomic.replacing(path) as file:
+        file.write_text(document(names, sections), encoding="utf-8")
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """A page of sections of HTML, with the styles of tables and charts."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
-        f"{escape(names)}: distssl</title>"
+        f"{escape(title)}: distssl</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
-    with atomic.replacing(path) as file:
-        file.write_text(page, encoding="utf-8")
 
 
 def _table(comparison: Comparison) -> list[str]:

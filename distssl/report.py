@@ -54,13 +54,10 @@ def show_sweep(swept: Sweep, outcomes: Sequence[Outcome], console: Console) -> N
     """Print the trials of a sweep, best first, and the command line that does the best one again."""
     from distssl import sweep
 
-    sign = 1 if swept.mode == "min" else -1
-    worst = float("inf")
-    ranked = sorted(outcomes, key=lambda done: (done.stopped, worst if done.value is None else sign * done.value))
     drawn = Table(title=f"{swept.name}: {swept.metric} of {swept.task}")
     for name in ("trial", swept.metric, *swept.space):
         drawn.add_column(name, overflow="fold")
-    for done in ranked:
+    for done in sweep.ranked(swept, outcomes):
         point = (_value(done.point.get(key, "")) for key in swept.space)
         drawn.add_row(str(done.number), _came_of(done), *point)
     console.print(drawn)

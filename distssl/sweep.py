@@ -166,11 +166,20 @@ class Outcome:
     error: str | None = None
 
 
+def ranked(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The best value first, then those that failed, and last those that were stopped, ranked likewise."""
+    sign = 1 if sweep.mode == "min" else -1
+
+    def place(outcome: Outcome) -> tuple[bool, float]:
+        return outcome.stopped, math.inf if outcome.value is None else sign * outcome.value
+
+    return sorted(outcomes, key=place)
+
+
 def best(sweep: Sweep, outcomes: Sequence[Outcome]) -> Outcome | None:
     """The trial of the best value among those that were not stopped; the first of several."""
-    done = [outcome for outcome in outcomes if outcome.value is not None and not outcome.stopped]
-    sign = 1 if sweep.mode == "min" else -1
-    return min(done, key=lambda outcome: sign * (outcome.value or 0.0), default=None)
+    done = (outcome for outcome in ranked(sweep, outcomes) if outcome.value is not None and not outcome.stopped)
+    return next(done, None)
 
 
 def claim(sweep: Sweep) -> None:

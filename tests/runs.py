@@ -12,6 +12,10 @@ from PIL import Image
 
 from distssl import config, method
 from distssl.config import Run
+from distssl.context import Context
+from distssl.data import shards
+from distssl.data.shards import Dataset
+from distssl.train import Training
 
 TINY = [
     "seed=3",
@@ -49,6 +53,19 @@ def photos(folder: Path, *, num: int = 112, classes: int = 4, seed: int = 0) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data.getvalue())
     return folder
+
+
+def packed(folder: Path, **options: int) -> Path:
+    """`photos`, packed below a folder."""
+    return shards.pack(str(photos(folder / "images", **options)), folder / "packed")
+
+
+def trained(run: Run) -> Run:
+    """Trains it in this process, without what comes before and after."""
+    run.run_dir.mkdir(parents=True)
+    with Context(run.run_dir) as context:
+        Training(run, context, Dataset.open(Path(run.data.source))).run()
+    return run
 
 
 def tiny(source: Path, storage: Path, *overrides: str) -> Run:

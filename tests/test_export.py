@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from distssl import checkpoint, export, job, model_card, train
+from distssl import checkpoint, export, job, model_card
 from distssl.config import Run
-from distssl.context import Context
-from distssl.data import shards
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
 from distssl.nn import backbones
@@ -29,16 +27,11 @@ VIT = [
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images", num=32)), folder / "packed")
+    return runs.packed(tmp_path_factory.mktemp("photos"), num=32)
 
 
 def trained(packed: Path, storage: Path, *overrides: str) -> Run:
-    run = runs.tiny(packed, storage, "train.epochs=1", "method.augment.size_px=32", *overrides)
-    run.run_dir.mkdir(parents=True)
-    with Context(run.run_dir) as context:
-        train.Training(run, context, Dataset.open(packed)).run()
-    return run
+    return runs.trained(runs.tiny(packed, storage, "train.epochs=1", "method.augment.size_px=32", *overrides))
 
 
 CASES = [

@@ -17,8 +17,7 @@ from tests import runs
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images")), folder / "packed")
+    return runs.packed(tmp_path_factory.mktemp("photos"))
 
 
 def train_here(run: Run, stop_at: int | None = None) -> list[torch.Tensor]:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -69,7 +68,10 @@ class Evaluation:
         self.train, self.test = train, test
         self.trained = trained
         self.how = features.Extraction.of_run(run, context.device)
-        self.name = _plain_name(run.eval.source or run.data.source)
+        self.name = config.plain_name(run.eval.source or run.data.source)
+        self._labelled: dict[str, Labelled] = {}  # by kind; made once, as the next two
+        self._extracted: dict[str, tuple[Features, Features]] = {}  # by backbone
+        self._clusters: dict[tuple[str, int], np.ndarray] = {}  # by backbone and seed
 
     def possible(self) -> list[str]:
         """The tasks for which the dataset has labels."""
@@ -77,8 +79,10 @@ class Evaluation:
 
     def labelled(self, kind: str) -> Labelled:
         """Raises ConfigError where there are no labels of this kind."""
-        key = "eval.source" if self.cfg.source else "data.source"
-        return labels.find(self.train, self.test, kind, self.name, key)
+        if kind not in self._labelled:
+            key = "eval.source" if self.cfg.source else "data.source"
+            self._labelled[kind] = labels.find(self.train, self.test, kind, self.name, key)
+        return self._labelled[kind]
 
     def online(self, backbone: Backbone) -> dict[str, float]:
         """kNN accuracy on at most MOST_ONLINE images, for a point on the training curve. Every rank calls it."""
@@ -132,16 +136,24 @@ class Evaluation:
             return classify.linear(few, test, inverse_l2=self.cfg.inverse_l2, context=self.context)
         if task == "retrieval":
             return retrieve.retrieve(few, test, self.context)
-        return cluster.agreement(cluster.cluster(test, self.context, seed), test.labels)
+        return cluster.agreement(self._cluster(name, seed), test.labels)
 
     def _features(self, name: str) -> tuple[Features, Features]:
         """Of the training and the test images, by a backbone."""
-        data, backbone = self.labelled(labels.LABEL), self.backbone(name)
-        train, test = (
-            features.extract(backbone, dataset, ids, self.how, self.context, self.context.run_dir / FEATURES)
-            for dataset, ids in ((data.train, data.train_ids), (data.test, data.test_ids))
-        )
-        return train, test
+        if name not in self._extracted:
+            data, backbone = self.labelled(labels.LABEL), self.backbone(name)
+            train, test = (
+                features.extract(backbone, dataset, ids, self.how, self.context, self.context.run_dir / FEATURES)
+                for dataset, ids in ((data.train, data.train_ids), (data.test, data.test_ids))
+            )
+            self._extracted[name] = train, test
+        return self._extracted[name]
+
+    def _cluster(self, name: str, seed: int) -> np.ndarray:
+        """The cluster of each test image, by a backbone."""
+        if (name, seed) not in self._clusters:
+            self._clusters[name, seed] = cluster.cluster(self._features(name)[1], self.context, seed)
+        return self._clusters[name, seed]
 
     def _rows(self, name: str, task: str) -> list[Row]:
         """A row for each number of labels and metric, over seeds."""
@@ -162,7 +174,7 @@ class Evaluation:
     def _draw(self, name: str) -> None:
         """Pictures of what the features do, by rank 0."""
         data, (train, test) = self.labelled(labels.LABEL), self._features(name)
-        clusters = cluster.cluster(test, self.context, seed=0)
+        clusters = self._cluster(name, seed=0)
         if self.context.rank == 0:
             pictures.neighbours(self.context, data, train, test, self.how, name)
             pictures.clusters(self.context, data, clusters, test, self.how, name)
@@ -247,8 +259,3 @@ class Evaluation:
     def _few(self, data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:
         classes = data.train.rows(data.train_ids).label if kind == labels.LABEL else np.zeros(len(data.train_ids))
         return labels.few(data.train_ids, classes, how_many, seed)
-
-
-def _plain_name(source: str) -> str:
-    """A dataset's name for tables and files."""
-    return Path(source.rstrip("/")).name.split(".")[0].replace(":", "-").replace("*", "")

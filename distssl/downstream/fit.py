@@ -110,9 +110,8 @@ class Fitting:
     def score(self) -> dict[str, float]:
         """The metrics on the test images. Every rank calls it and gets them."""
         self.network.eval()
-        known = self.network.annotations(self.job.test, self.job.test_ids)
         mine = features.ids_of_rank(self.job.test_ids, TEST_BATCH, self.context)
-        judged = [self.network.judge(batch, _of(known, batch)) for batch in self._test_batches(mine)]
+        judged = [self.network.judge(batch, _of(self.known_of_test, batch)) for batch in self._test_batches(mine)]
         parts = collectives.gather_objects(judged)
         if not any(parts):
             raise ConfigError("eval.test_source: none of its images can be read")
@@ -122,9 +121,13 @@ class Fitting:
     def picture(self, num: int) -> list[Tensor]:
         """What the network makes of the first test images; of this rank alone, no collective."""
         self.network.eval()
-        ids = self.job.test_ids[:num]
-        known = self.network.annotations(self.job.test, ids)
-        return [row for batch in self._test_batches(ids) for row in self.network.picture(batch, _of(known, batch))]
+        batches = self._test_batches(self.job.test_ids[:num])
+        return [row for batch in batches for row in self.network.picture(batch, _of(self.known_of_test, batch))]
+
+    @functools.cached_property
+    def known_of_test(self) -> dict[int, Any]:
+        """`annotations` of the test images; of this rank alone, no collective."""
+        return self.network.annotations(self.job.test, self.job.test_ids)
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         ids = self.job.train_ids

@@ -83,7 +83,7 @@ def split(ids: np.ndarray, test_share: float = 0.2) -> tuple[np.ndarray, np.ndar
 
 def subset(ids: np.ndarray, num: int, seed: int) -> np.ndarray:
     """num of the ids by a hash of each, ascending; a smaller subset of one seed is part of a larger one."""
-    return np.sort(_shuffled(ids, seed)[:num])
+    return np.sort(ids[np.argsort(draws.hash64(SPLIT_SEED, seed, ids), kind="stable")[:num]])
 
 
 def few(ids: np.ndarray, classes: np.ndarray, how_many: int | str | None, seed: int) -> np.ndarray:
@@ -99,10 +99,6 @@ def few(ids: np.ndarray, classes: np.ndarray, how_many: int | str | None, seed: 
     if isinstance(how_many, str):
         how_many = max(1, round(len(ids) * float(how_many.removesuffix("%")) / 100))
     return subset(ids, how_many, seed)
-
-
-def _shuffled(ids: np.ndarray, seed: int) -> np.ndarray:
-    return ids[np.argsort(draws.hash64(SPLIT_SEED, seed, ids), kind="stable")]
 
 
 class Boxes(NamedTuple):
@@ -162,18 +158,13 @@ def _parsed(dataset: Dataset, ids: np.ndarray, kind: str) -> dict[int, list]:
 
 
 def _refuse(dataset: Dataset, samples: Iterable[int], wrong: Callable[[int], str | None]) -> None:
-    """Raises ConfigError naming the samples with which something is wrong."""
+    """Raises ConfigError with a line for each sample with which something is wrong, the first few."""
     found = [(sample, problem) for sample in samples if (problem := wrong(sample))]
     if found:
-        name_samples(dataset, found)
-
-
-def name_samples(dataset: Dataset, found: Sequence[tuple[int, str]]) -> None:
-    """Raises ConfigError with a line for each sample and what is wrong with it, the first few."""
-    keys = dataset.keys(np.array([sample for sample, _ in found[:MOST_NAMED]]))
-    lines = [f"{dataset.folder}: {key}: {problem}" for key, (_, problem) in zip(keys, found, strict=False)]
-    more = [f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
-    raise ConfigError(*lines, *more)
+        keys = dataset.keys(np.array([sample for sample, _ in found[:MOST_NAMED]]))
+        lines = [f"{dataset.folder}: {key}: {problem}" for key, (_, problem) in zip(keys, found, strict=False)]
+        more = [f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
+        raise ConfigError(*lines, *more)
 
 
 def num_classes(dataset: Dataset, ids: np.ndarray, kind: str) -> int:

@@ -51,22 +51,17 @@ class Row:
     @property
     def interval(self) -> float | None:
         """Half of the mean's 95 % interval over seeds, by Student's t; None for a single seed."""
-        return half_width(self.values)
+        from scipy import stats
+
+        if len(self.values) < 2:
+            return None
+        error = float(np.std(self.values, ddof=1)) / len(self.values) ** 0.5
+        return float(stats.t.ppf(0.975, len(self.values) - 1)) * error
 
     @property
     def place(self) -> tuple[str, str, str, int | None, str]:
         """What a newer row of the same place takes."""
         return self.data, self.backbone, self.task, self.labels, self.metric
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval of the mean of independent values, by Student's t; None for one of them."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return None
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def write_summary(run_dir: Path, rows: Sequence[Row]) -> list[Row]:

@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distssl import job, method, train
+from distssl import job, method
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import shards
 from distssl.data.shards import Dataset
 from distssl.downstream import classify, features, pictures
 from distssl.downstream.evaluate import Evaluation
@@ -26,15 +25,7 @@ CLASSIFYING = ("knn", "linear", "retrieval", "cluster", "finetune")
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images")), folder / "packed")
-
-
-def trained(run: Run) -> Run:
-    run.run_dir.mkdir(parents=True)
-    with Context(run.run_dir) as context:
-        train.Training(run, context, Dataset.open(Path(run.data.source))).run()
-    return run
+    return runs.packed(tmp_path_factory.mktemp("photos"))
 
 
 def evaluated(run: Run) -> list[Row]:
@@ -44,7 +35,7 @@ def evaluated(run: Run) -> list[Row]:
 
 
 def test_every_task_that_the_labels_allow_gives_rows_of_three_backbones(ranks, packed: Path, tmp_path: Path) -> None:
-    run = trained(runs.tiny(packed, tmp_path, *FIT, "train.epochs=1", "train.precision=float64"))
+    run = runs.trained(runs.tiny(packed, tmp_path, *FIT, "train.epochs=1", "train.precision=float64"))
     rows = evaluated(run)
     assert {row.task for row in rows} == set(CLASSIFYING)
     numbers = {row.labels for row in rows if row.task == "finetune"}

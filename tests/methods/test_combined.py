@@ -9,7 +9,7 @@ import torch
 
 from distssl import config, method, train
 from distssl.context import Context
-from distssl.data import graph, shards
+from distssl.data import graph
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 from distssl.methods import combined
@@ -35,8 +35,7 @@ def test_each_image_is_decoded_once_for_all_parts(device: str) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images", num=32)), folder / "packed")
+    return runs.packed(tmp_path_factory.mktemp("photos"), num=32)
 
 
 def test_the_loss_is_the_weighted_sum_of_the_parts_and_a_checkpoint_holds_the_backbone_once(

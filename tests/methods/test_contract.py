@@ -14,7 +14,6 @@ from torch import Tensor
 from distssl import checkpoint, method, monitor, train
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import shards
 from distssl.data.shards import Dataset
 from tests import runs
 
@@ -25,8 +24,7 @@ ALWAYS_THERE = {"id", "label", "labelled.id"}
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images", num=96)), folder / "packed")
+    return runs.packed(tmp_path_factory.mktemp("photos"), num=96)
 
 
 def training_of(run: Run, context: Context) -> train.Training:

@@ -27,8 +27,7 @@ SETTINGS = ["method.name=deepcluster", "train.precision=float64", "train.epochs=
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images", num=96)), folder / "packed")
+    return runs.packed(tmp_path_factory.mktemp("photos"), num=96)
 
 
 def build(tmp_path: Path, *settings: str) -> DeepCluster:

@@ -22,8 +22,7 @@ from tests import runs
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images", num=96)), folder / "packed")
+    return runs.packed(tmp_path_factory.mktemp("photos"), num=96)
 
 
 @pytest.mark.parametrize(

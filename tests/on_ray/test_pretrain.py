@@ -20,7 +20,6 @@ import pytest
 from distssl import checkpoint, config, job, monitor
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import shards
 from distssl.data.shards import Dataset
 from tests import processes, runs
 from tests.conftest import Ranks
@@ -40,8 +39,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    return shards.pack(str(runs.photos(folder / "images", num=NUM_IMAGES)), folder / "packed")
+    return runs.packed(tmp_path_factory.mktemp("photos"), num=NUM_IMAGES)
 
 
 def pretrain_here(run: Run, folders: job.Folders) -> None:

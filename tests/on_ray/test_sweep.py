@@ -14,13 +14,9 @@ import pytest
 import yaml
 
 from distssl import report, sweep
-from distssl.context import Context
-from distssl.data import shards
-from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 from distssl.on_ray.sweep import EarlierBatches
 from distssl.sweep import Halving, Outcome, Sweep
-from distssl.train import Training
 from tests import processes, runs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,11 +25,8 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("swept")
-    packed = shards.pack(str(runs.photos(folder / "images")), folder / "packed")
-    run = runs.tiny(packed, folder, "name=base", "train.epochs=1", "eval.fit.steps=9", "eval.fit.batch=8")
-    run.run_dir.mkdir()
-    with Context(run.run_dir) as context:
-        Training(run, context, Dataset.open(packed)).run()
+    packed = runs.packed(folder)
+    run = runs.trained(runs.tiny(packed, folder, "name=base", "train.epochs=1", "eval.fit.steps=9", "eval.fit.batch=8"))
     (run.run_dir / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     return run.run_dir
 
