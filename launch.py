@@ -4,20 +4,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from distssl import atomic, collectives, config, context, report
+from distssl import atomic, config, report
 from distssl.config import Run
 from distssl.errors import ConfigError, RunError
 
@@ -29,102 +26,38 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 ConfigFile = Annotated[Path, typer.Option("--config", help="A YAML file; configs/ has one for each method.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=20.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: this one alone, without Ray.")]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="A cluster file as those in cluster/; run it there.")
+]
+Address = Annotated[str | None, typer.Option(help="Or the dashboard's URL of a cluster that somebody else runs.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Do not follow the job on the cluster.")]
+DownWhenDone = Annotated[bool, typer.Option("--down-when-done", help="End the cluster with the job.")]
+Job = Annotated[
+    str | None, typer.Argument(metavar="[JOB]", help="A job, or the name of its run; the newest by default.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/demo.")]
 
 
 @app.command()
-def pretrain(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, workers: Workers = None) -> None:
+def pretrain(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    workers: Workers = None,
+    cluster: ClusterFile = None,
+    address: Address = None,
+    detach: Detach = False,
+    down_when_done: DownWhenDone = False,
+) -> None:
     """Pretrain a backbone on unlabelled images and show what it bought. Run again, it goes on where it was."""
-    from distssl import method
-
     overrides = [*(overrides or []), *([f"machine.workers={workers}"] if workers is not None else [])]
-    run = config.load(config_file, overrides, method.options)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _pretrain_under_torchrun(run)
-    else:
-        _pretrain_here(run)
+    if cluster or address:
+        commands = _cluster_commands()
+        target = commands.Target(cluster, address, detach, down_when_done)
+        raise typer.Exit(commands.pretrain(config_file, overrides, target, console))
+    from distssl import method
+    from distssl.on_ray import here
 
-
-def _pretrain_here(run: Run) -> None:
-    """On a Ray started for it, or in this process."""
-    from distssl import job, progress
-
-    num_workers = _num_workers(run)
-    console.print(f"preparing {run.data.source}", soft_wrap=True)
-    data = job.prepare(run, num_workers or 1)
-    console.print(f"run {run.run_name}, {num_workers or 'no'} Ray worker{'s' if num_workers != 1 else ''}")
-    with progress.follow(run.run_dir, console), _ctrl_c_asks(run.run_dir):
-        if num_workers:
-            from distssl.on_ray import pretrain as on_ray
-
-            finished = on_ray.run(run, data, num_workers)
-        else:
-            with context.Context(run.run_dir) as alone:
-                finished = job.pretrain(run, alone, data)
-    if not finished:
-        _say_stopped()
-    report.show(run.run_dir, console)
-
-
-def _pretrain_under_torchrun(run: Run) -> None:
-    """This process is one of torchrun's: rank 0 prepares, all of them train."""
-    from distssl import job
-
-    with _one_of_the_ranks(run.run_dir, lambda: job.prepare(run, collectives.world_size())) as ours:
-        finished = job.pretrain(run, ours, job.folders(run))
-        if ours.rank == 0 and finished:
-            report.show(run.run_dir, console)
-
-
-@contextmanager
-def _one_of_the_ranks(run_dir: Path, prepare: Callable[[], object]) -> Iterator[context.Context]:
-    """This process alone, or one of torchrun's; rank 0 prepares before all go on."""
-    collectives.init()
-    try:
-        with context.Context(run_dir) as ours:
-            if ours.rank == 0:
-                prepare()
-            collectives.barrier()
-            yield ours
-    finally:
-        collectives.shutdown()
-
-
-def _num_workers(run: Run) -> int:
-    """What the config says, else one a GPU, else two where the CPU and the lanes allow it."""
-    import torch
-
-    from distssl.data import order
-
-    if run.machine.workers is not None:
-        return run.machine.workers
-    lanes = run.data.lanes or order.default_lanes(run.data.global_batch)
-    most = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    return max(num for num in range(1, most + 1) if lanes % num == 0)
-
-
-@contextmanager
-def _ctrl_c_asks(run_dir: Path) -> Iterator[None]:
-    """The first Ctrl-C asks the run to save and stop, the second ends it at once."""
-
-    def ask(signum: int, frame: object) -> None:
-        if context.stop_file(run_dir).exists():
-            raise KeyboardInterrupt
-        context.stop_file(run_dir).touch()
-        errors.print("saving a checkpoint, then stopping; Ctrl-C again stops at once")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say_stopped()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _say_stopped() -> NoReturn:
-    errors.print("stopped; the same command goes on from the last checkpoint")
-    raise typer.Exit(130)
+    raise typer.Exit(here.pretrain(config.load(config_file, overrides, method.options), console, errors))
 
 
 @app.command()
@@ -135,13 +68,14 @@ def evaluate(
 ) -> None:
     """Evaluate a run's newest checkpoint, the same backbone untrained, and one trained on the labels alone."""
     from distssl import job
+    from distssl.on_ray import here
 
     tasks = None if task == "all" else task.split(",")
     for name in tasks or ():
         if name not in config.TASKS:
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
     loaded = _run_of(run, overrides or [])
-    with _one_of_the_ranks(run.resolve(), lambda: job.folders(loaded, tasks or config.TASKS)) as ours:
+    with here.one_of_the_ranks(run.resolve(), lambda: job.folders(loaded, tasks or config.TASKS)) as ours:
         job.evaluate_run(loaded, ours, tasks)
         if ours.rank == 0:
             report.show(run.resolve(), console)
@@ -263,6 +197,52 @@ def _whole_numbers(key: str, text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise ConfigError(f"{key} {text}: whole numbers of at least 1 are right, for example 1,2,4")
     return [int(part) for part in text.split(",")]
+
+
+@app.command()
+def attach(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
+    """Follow a job on a cluster again."""
+    _speak("attach", job, cluster=cluster, address=address)
+
+
+@app.command()
+def status(cluster: ClusterFile = None, address: Address = None) -> None:
+    """Show a cluster's hosts, what they cost, and its jobs."""
+    _speak("status", cluster=cluster, address=address)
+
+
+@app.command()
+def logs(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
+    """Print what a job has said so far."""
+    _speak("logs", job, cluster=cluster, address=address)
+
+
+@app.command()
+def stop(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
+    """Have a job save a checkpoint and stop; the cluster stays."""
+    _speak("stop", job, cluster=cluster, address=address)
+
+
+@app.command()
+def down(cluster: ClusterFile = None) -> None:
+    """End every host of a cluster."""
+    _speak("down", cluster=cluster, address=None)
+
+
+def _cluster_commands() -> ModuleType:
+    from distssl.on_ray import token
+
+    token.prepare()  # Ray looks for it when it is imported
+    from distssl.on_ray import commands
+
+    return commands
+
+
+def _speak(command: str, *job: str | None, cluster: Path | None, address: str | None) -> NoReturn:
+    if not cluster and not address:
+        raise ConfigError(f"{command}: say which cluster, for example --cluster cluster/aws.yaml")
+    commands = _cluster_commands()
+    raise typer.Exit(getattr(commands, command)(*job, commands.Target(cluster, address), console))
 
 
 def _describe(folder: Path) -> None:

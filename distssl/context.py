@@ -76,6 +76,10 @@ class Context:
         """Whether somebody asked the run to save and stop."""
         return stop_file(self.run_dir).exists()
 
+    def preempted(self) -> bool:
+        """Whether a host is about to be taken away, and no checkpoint was asked for since. Every rank calls it."""
+        return False
+
     def __enter__(self: Self) -> Self:
         return self
 

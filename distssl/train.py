@@ -164,12 +164,13 @@ class Training:
         """Log, evaluate and checkpoint when it is time; whether to stop before the end."""
         last = self.step == self.plan.total_steps
         due = self.cfg.eval.every and self.step % (self.cfg.eval.every * self.plan.steps_per_epoch) == 0
-        stop = False
+        stop = preempted = False
         if self.step % self.cfg.train.log_every == 0 or last or self.news:
             stop = self._log() and not last
+            preempted = self.context.preempted()
         if self.probe and (due or last):
             self._probe()
-        if due or last or stop or self.step % self.cfg.checkpoint.every == 0:
+        if due or last or stop or preempted or self.step % self.cfg.checkpoint.every == 0:
             self._checkpoint()
         return stop
 

@@ -8,10 +8,11 @@ gradient shows, and rounding does not.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distssl import collectives, config, method, plan, train
+from distssl import atomic, collectives, config, method, plan, train
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import shards
 from distssl.data.shards import Dataset
 
 log = logging.getLogger(__name__)
+
+Elsewhere = Callable[[Sequence["Case"], int], list["Record"]]  # cases, number of workers -> their records
 
 STEPS = 3
 LIMIT = 1e-6  # relative, of losses, gradients and parameters
@@ -70,21 +73,36 @@ class Verdict:
         return not self.views_differ and all(error <= LIMIT for error in errors)  # a NaN holds nothing
 
 
-def certify(cases: Sequence[Case], world_sizes: Sequence[int], folder: Path) -> Iterator[Verdict]:
-    """Yields a verdict for each case and number of workers, all on this machine. folder: for images and runs.
+def certify(
+    cases: Sequence[Case], world_sizes: Sequence[int], folder: Path, elsewhere: Elsewhere | None = None
+) -> Iterator[Verdict]:
+    """Yields a verdict for each case and number of workers. folder: for images and runs.
 
+    elsewhere: takes the steps of all on a cluster, those of one process too; without it they are taken on this machine.
     Raises ConfigError for a number of workers that the batch cannot be shared out to.
     """
-    packed = shards.pack(str(images(folder / "images")), folder / "packed")
+    packed = pack(folder)
     for world_size in world_sizes:
         plan.of_run(_run(cases[0], packed, folder), Dataset.open(packed), world_size)
     log.info("%d cases in one process", len(cases))
-    references = [record(case, packed, folder / "alone") for case in cases]
+    references = elsewhere(cases, 1) if elsewhere else [record(case, packed, folder / "alone") for case in cases]
+    at = elsewhere or functools.partial(_here, packed, folder)
     for world_size in world_sizes:
         log.info("%d cases at %d workers", len(cases), world_size)
-        path, *_ = collectives.launch(_record_all, world_size, list(cases), packed, folder / f"w{world_size}")
-        for case, reference, found in zip(cases, references, torch.load(path, weights_only=False), strict=True):
+        for case, reference, found in zip(cases, references, at(cases, world_size), strict=True):
             yield compare(case, world_size, reference, found)
+
+
+def pack(folder: Path) -> Path:
+    """The images that the certificate is about, packed below a folder; the same on every host."""
+    atomic.make_folder(folder)
+    with atomic.locked(folder):
+        return shards.pack(str(images(folder / "images")), folder / "packed")
+
+
+def _here(packed: Path, folder: Path, cases: Sequence[Case], world_size: int) -> list[Record]:
+    path, *_ = collectives.launch(_record_all, world_size, list(cases), packed, folder / f"w{world_size}")
+    return torch.load(path, weights_only=False)
 
 
 def record(case: Case, packed: Path, storage: Path) -> Record:

@@ -12,9 +12,8 @@ from typing import Any
 
 import optuna
 import ray
-import torch
 from ray import train, tune
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -24,7 +23,9 @@ from ray.tune.search.optuna import OptunaSearch
 from distssl import job, sweep
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray.pretrain import ENVIRONMENT, last_line
+from distssl.on_ray import place
+from distssl.on_ray.network import BoundTorchConfig
+from distssl.on_ray.pretrain import last_line
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
 log = logging.getLogger(__name__)
@@ -37,22 +38,21 @@ WAIT_FOR_WORKERS_S = "300"  # then a trial whose workers do not come fails and i
 
 def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Run all trials on a Ray started for it; tell: called as each ends. They are kept in outcomes.jsonl too."""
-    cpus = max(os.cpu_count() or 1, swept.parallel * swept.workers)
-    os.environ |= ENVIRONMENT | {
+    os.environ |= {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": WAIT_FOR_WORKERS_S,
         "RAY_AIR_NEW_OUTPUT": "0",  # the new one speaks at any verbosity
     }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    ray.init(num_cpus=cpus, logging_level=logging.ERROR)
+    share = place.start(swept.parallel * swept.workers).share
     try:
-        outcomes = _run(swept, tell, cpus)
+        outcomes = _run(swept, tell, share)
     finally:
         ray.shutdown()
     sweep.keep(swept, outcomes)
     return outcomes
 
 
-def _run(swept: Sweep, tell: Callable[[Outcome], None], cpus: int) -> list[Outcome]:
+def _run(swept: Sweep, tell: Callable[[Outcome], None], share: dict[str, int]) -> list[Outcome]:
     space = {key: _domain(dimension) for key, dimension in swept.space.items()}
     names = {key.replace(".", "_"): key for key in swept.space}  # Ray would take a dot for a nested dict
     search = OptunaSearch(
@@ -61,8 +61,6 @@ def _run(swept: Sweep, tell: Callable[[Outcome], None], cpus: int) -> list[Outco
         mode=swept.mode,
         seed=swept.seed,
     )
-    on_gpu = torch.cuda.is_available()
-    share = {"CPU": max(1, cpus // (swept.parallel * swept.workers)), "GPU": int(on_gpu)}
     here = {"address": ray.get_runtime_context().gcs_address, "folder": str(Path.cwd())}
     trainable = tune.with_resources(
         tune.with_parameters(_trial, swept=swept, names=names, share=share, **here),
@@ -175,7 +173,7 @@ def _trial(
     point: dict[str, Any], *, swept: Sweep, names: dict[str, str], share: dict[str, int], address: str, folder: str
 ) -> None:
     """One trial, in a process of Tune's: a TorchTrainer of its own."""
-    os.environ |= ENVIRONMENT | {"RAY_ADDRESS": address}
+    os.environ |= place.ENVIRONMENT | {"RAY_ADDRESS": address}
     os.chdir(folder)  # the user's paths count from there, and Ray starts processes elsewhere
     chosen = sweep.trial(swept, {names[key]: value for key, value in point.items()})
     trainer = TorchTrainer(
@@ -184,7 +182,7 @@ def _trial(
         scaling_config=train.ScalingConfig(
             num_workers=swept.workers, use_gpu=share["GPU"] > 0, resources_per_worker=share
         ),
-        torch_config=TorchConfig(backend="nccl" if share["GPU"] else "gloo"),
+        torch_config=BoundTorchConfig(backend="nccl" if share["GPU"] else "gloo"),
         run_config=train.RunConfig(
             name=f"trial_{tune.get_context().get_trial_id()}",
             storage_path=str(swept.folder / TRAIN),

@@ -1,0 +1,20 @@
+"""On a cluster: ask the run that is being trained under a name to save a checkpoint and stop."""
+
+from __future__ import annotations
+
+import sys
+
+import ray
+
+from distssl.on_ray import desk, place
+
+
+def main(run_name: str) -> None:
+    place.start()
+    found = desk.find(run_name)
+    if found is not None:
+        ray.get(found.ask_to_stop.remote())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,188 @@
+"""A cluster file: Ray's own YAML with three additions, checked before anything that costs money is started.
+
+`extends: FILE` takes up another cluster file, over whose keys this one's are laid (mappings merged, lists replaced).
+`distssl:` holds what is ours: storage, workers, environment. A value with FILL_IN in it is not filled in yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from pydantic import Field, PositiveInt, ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from distssl import atomic, settings
+from distssl.config import Section
+from distssl.errors import ConfigError
+from distssl.on_ray import spot_watcher, token
+from distssl.on_ray.place import Workers
+
+log = logging.getLogger(__name__)
+
+OURS = "distssl"
+PLACEHOLDER = "FILL_IN"
+FOLDER = Path("~/.cache/distssl/clusters")
+PROVIDERS = ("aws", "gcp", "local")  # of Ray's, those that were tried or checked
+
+
+class Options(Section):
+    """The `distssl:` part of a cluster file."""
+
+    storage: str | None = Field(default=None, description="where run folders lie; every host must reach it")
+    workers: PositiveInt | None = Field(default=None, description="null: one a GPU, or one a host without GPUs")
+    worker: dict[Literal["CPU", "GPU"], int] | None = Field(
+        default=None, description="what one takes; null: its share of a host"
+    )
+    environment: dict[str, str] = Field(default={}, description="variables of jobs")
+
+
+class ClusterFile:
+    """A cluster file with all that it extends.
+
+    `name`; `provider`, Ray's word for whose machines these are; `config`, as Ray takes it, complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        tree = _merged(path)
+        try:
+            self.options = Options.model_validate(tree.pop(OURS, None) or {})
+        except ValidationError as error:
+            mistakes = (settings.explain(Options, item, prefix=OURS) for item in error.errors())
+            raise ConfigError(*(f"{path}: {mistake}" for mistake in mistakes)) from None
+        left = [
+            f"{path}: {key}={value}: fill in its value" for key, value in _leaves(tree) if PLACEHOLDER in str(value)
+        ]
+        left += [f"{path}: {OURS}.storage: fill in its value"] * (PLACEHOLDER in str(self.options.storage))
+        if left:
+            raise ConfigError(*left)
+        _check_schema(path, tree)
+        _check_security(path, tree)
+        self.name: str = tree["cluster_name"]
+        self.provider: str = tree["provider"]["type"]
+        self.config = tree
+        _mount(tree, self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Of this cluster on this machine: the file that Ray is given, logs."""
+        return FOLDER.expanduser() / self.name
+
+    @property
+    def worker_types(self) -> dict[str, dict[str, Any]]:
+        """The node types but the head's."""
+        types = self.config.get("available_node_types", {})
+        return {name: kind for name, kind in types.items() if name != self.config["head_node_type"]}
+
+    def write(self) -> Path:
+        """The file for Ray, the token and what the hosts are given, in `folder`."""
+        atomic.make_folder(self.folder)
+        (self.folder / "hosts").mkdir(exist_ok=True)
+        (self.folder / "hosts" / "requirements.txt").write_text("\n".join(requirements()) + "\n")
+        (self.folder / "hosts" / "spot_watcher.py").write_bytes(Path(spot_watcher.__file__).read_bytes())
+        path = self.folder / "cluster.yaml"
+        with atomic.replacing(path) as part:
+            part.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        return path
+
+    def workers(self, resources: Mapping[str, Mapping[str, float]]) -> Workers:
+        """The workers of the whole cluster: one a GPU, or one a node where there are none.
+
+        resources: node type -> what a node of it has, as Ray counts it.
+        """
+        if self.provider == "local":
+            nodes, each = 1 + len(self.config["provider"].get("worker_ips") or ()), resources["local"]
+        else:
+            name, kind = max(self.worker_types.items(), key=lambda item: resources[item[0]].get("GPU", 0))
+            nodes = min(kind.get("max_workers", self.config["max_workers"]), self.config["max_workers"])
+            each = resources[name]
+        gpus = int(each.get("GPU", 0))
+        share = self.options.worker or {"CPU": max(1, int(each.get("CPU", 1)) // max(gpus, 1)), "GPU": int(gpus > 0)}
+        return Workers(self.options.workers or nodes * max(gpus, 1), share.get("CPU", 1), share.get("GPU", 0))
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    tree = settings.read_file(path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a mapping is right, as in cluster/aws.yaml")
+    below = tree.pop("extends", None)
+    return _over(_merged(path.parent / str(below)), tree) if below else tree
+
+
+def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _over(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from _leaves(value, f"{key}[{index}]")
+    else:
+        yield key, tree
+
+
+def _check_schema(path: Path, tree: dict[str, Any]) -> None:
+    missing = [key for key in ("cluster_name", "provider", "auth") if key not in tree]
+    if missing:
+        raise ConfigError(f"{path}: {', '.join(missing)} missing; cluster/aws.yaml has a whole file")
+    kind = tree["provider"].get("type") if isinstance(tree["provider"], dict) else None
+    if kind not in PROVIDERS:
+        raise ConfigError(f"{path}: provider.type={kind}: {', '.join(PROVIDERS)} are right")
+    try:
+        validate_config(prepare_config(copy.deepcopy(tree)))
+    except jsonschema.ValidationError as error:
+        key = ".".join(map(str, error.absolute_path))
+        raise ConfigError(f"{path}: {key or 'the file'}: {error.message.splitlines()[0]}") from None
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def _check_security(path: Path, tree: Mapping[str, Any]) -> None:
+    """Ray's job interface runs any code, so it must neither answer strangers nor answer without the token."""
+    mistakes: list[str] = []
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        for command in tree.get(key, []):
+            if "ray start" not in command:
+                continue
+            if "RAY_AUTH_MODE=token" not in command:
+                mistakes.append(f"{path}: {key}: ray start without RAY_AUTH_MODE=token would obey anybody; say it")
+            if "--head" in command and "--dashboard-host=127.0.0.1" not in command:
+                mistakes.append(f"{path}: {key}: --dashboard-host=127.0.0.1 is right; it is reached by a tunnel")
+    if mistakes:
+        raise ConfigError(*mistakes)
+
+
+def _mount(tree: dict[str, Any], folder: Path) -> None:
+    """Every host gets the token, the packages' versions and the spot watcher."""
+    user = "ray" if tree.get("docker", {}).get("image") else tree["auth"].get("ssh_user", "ubuntu")
+    home = "/root" if user == "root" else f"/home/{user}"
+    mounts = {f"{home}/.ray/auth_token": str(token.FILE.expanduser()), f"{home}/.distssl": str(folder / "hosts")}
+    tree["file_mounts"] = mounts | (tree.get("file_mounts") or {})
+
+
+@functools.cache
+def requirements() -> tuple[str, ...]:
+    """What hosts install: the dependencies of distssl, with the versions of this machine."""
+    lines: list[str] = []
+    for one in (Requirement(line) for line in metadata.requires("distssl") or ()):
+        if one.marker is None or one.marker.evaluate({"extra": ""}):
+            one.marker, one.specifier = None, SpecifierSet(f"=={metadata.version(one.name)}")
+            lines.append(str(one))
+    return tuple(lines)

@@ -1,0 +1,115 @@
+"""attach, status, logs, stop, down: the commands that speak with a cluster and its jobs."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from pathlib import Path
+
+import yaml
+from ray.job_submission import JobDetails
+from rich.console import Console
+from rich.table import Table
+
+from distssl import config, method
+from distssl.errors import ConfigError
+from distssl.on_ray import aws, cluster, jobs, remote
+from distssl.on_ray.remote import Cluster, Errand, Target
+
+__all__ = ["Target", "attach", "down", "logs", "other", "pretrain", "status", "stop"]
+
+JOB_CONFIG = "job.yaml"
+for chatty in ("botocore", "ray.autoscaler"):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def pretrain(config_file: Path, overrides: list[str], target: Target, console: Console) -> int:
+    """The main job on a cluster; the exit code."""
+    with Cluster(target, console) as there:
+        if not any(one.startswith("machine.storage=") for one in overrides):
+            overrides = [*overrides, f"machine.storage={there.storage}"]
+        run = config.load(config_file, overrides, method.options)
+        tree = run.model_dump(mode="json")
+        del tree["machine"]["cache"]  # a folder of this machine; hosts have their own
+        files = {JOB_CONFIG: yaml.safe_dump(tree, sort_keys=False)}
+        return there.run(Errand(run.run_name, ["pretrain", "--config", JOB_CONFIG], files, run))
+
+
+def other(name: str, command: list[str], files: dict[str, str], target: Target, console: Console) -> int:
+    """Another command of launch.py on a cluster; the exit code."""
+    with Cluster(target, console) as there:
+        return there.run(Errand(name, command, files))
+
+
+def attach(job: str | None, target: Target, console: Console) -> int:
+    with Cluster(target, console) as there:
+        there.find()
+        return there.follow(str(jobs.choose(there.client, job).submission_id))
+
+
+def logs(job: str | None, target: Target, console: Console) -> int:
+    with Cluster(target, console) as there:
+        there.find()
+        found = jobs.choose(there.client, job)
+        console.out(there.client.get_job_logs(str(found.submission_id)), end="", highlight=False)
+    return 0
+
+
+def stop(job: str | None, target: Target, console: Console) -> int:
+    with Cluster(target, console) as there:
+        there.find()
+        found = jobs.choose(there.client, job)
+        if found.status in jobs.ENDED:
+            raise ConfigError(f"JOB {found.submission_id}: has ended ({found.status})")
+        there.say(f"asking {found.submission_id} to save a checkpoint and stop")
+        saved = remote.stop(there, str(found.submission_id))
+        there.say(
+            "stopped; the same command goes on from the last checkpoint" if saved else "ended without a checkpoint"
+        )
+    return 0
+
+
+def down(target: Target, console: Console) -> int:
+    if target.address:
+        raise ConfigError("--address: a cluster that somebody else runs is not ours to end; --cluster FILE is right")
+    with Cluster(target, console) as there:
+        assert there.file
+        with console.status(f"taking {there.name} down"):
+            cluster.down(there.file, lambda line: None)
+        there.say(f"nothing is left of {there.name}")
+    return 0
+
+
+def status(target: Target, console: Console) -> int:
+    """Hosts and jobs."""
+    with Cluster(target, console) as there:
+        if there.file and there.file.provider == "aws":
+            hosts = aws.instances(there.file)
+            console.print(_hosts(hosts))
+            if not hosts:
+                return 0
+        there.find()
+        console.print(_jobs(jobs.ours(there.client)))
+        if there.file and not jobs.running(there.client):
+            there.say(f"no job is running, and hosts are paid for: python launch.py down {there.options}")
+    return 0
+
+
+def _hosts(hosts: list[dict[str, object]]) -> Table:
+    drawn = Table(title="hosts")
+    for name in ("id", "type", "instance", "state", "spot"):
+        drawn.add_column(name)
+    for host in hosts:
+        drawn.add_row(*(str(host[name]) for name in ("id", "type", "instance", "state")), "yes" if host["spot"] else "")
+    return drawn
+
+
+def _jobs(found: list[JobDetails]) -> Table:
+    drawn = Table(title="jobs, newest first")
+    for name in ("job", "state", "started", "said last"):
+        drawn.add_column(name, overflow="fold")
+    for job in found:
+        started = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000).isoformat(" ", "seconds")
+        message = (job.message or "").splitlines()[:1]
+        drawn.add_row(str(job.submission_id), job.status.value.lower(), started, *message)
+    return drawn

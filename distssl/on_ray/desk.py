@@ -1,0 +1,101 @@
+"""Where a run's driver and its workers, on any host, leave each other word: an actor beside the driver.
+
+The run folder cannot serve for this: on a cluster each host has its own copy.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distssl.errors import ConfigError, RunError
+
+NAMESPACE = "distssl"
+
+
+class Desk:
+    """Outcomes of workers, lines of metrics, and whether somebody asked the run to stop."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[int, dict[str, Any]] = {}
+        self._records: list[str] = []
+        self._stop = False
+
+    def tell(self, rank: int, outcome: dict[str, Any]) -> None:
+        self._outcomes[rank] = outcome
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """What the workers told, in the order of their ranks."""
+        return [self._outcomes[rank] for rank in sorted(self._outcomes)]
+
+    def note(self, record: str) -> None:
+        """A line of metrics, as JSON."""
+        self._records.append(record)
+
+    def take(self) -> list[str]:
+        """The lines noted since the last call."""
+        records, self._records = self._records, []
+        return records
+
+    def ask_to_stop(self) -> None:
+        self._stop = True
+
+    def stop_asked(self) -> bool:
+        return self._stop
+
+
+def name_of(run_name: str) -> str:
+    return f"desk-{run_name}"
+
+
+def open_for(run_name: str) -> Any:
+    """A desk on this host, which ends with the driver that opened it.
+
+    Raises ConfigError where another driver trains the run.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": name_of(run_name), "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+    try:
+        desk = ray.remote(Desk).options(**options).remote()
+        ray.get(desk.outcomes.remote())
+    except ValueError:  # the name is taken
+        raise ConfigError(
+            f"name={run_name}: another job of this cluster trains this run; attach to it or stop it"
+        ) from None
+    return desk
+
+
+def find(run_name: str) -> Any | None:
+    """The desk of a run that is being trained; None where there is none."""
+    try:
+        return ray.get_actor(name_of(run_name), NAMESPACE)
+    except ValueError:
+        return None
+
+
+def outcome_of(told: bool | ConfigError | RunError) -> dict[str, Any]:
+    """Plain data for `tell`: whether the job is finished, or why it cannot be."""
+    if isinstance(told, ConfigError):
+        return {"wrong_input": list(told.messages)}
+    if isinstance(told, RunError):
+        return {"failed": str(told)}
+    return {"finished": told}
+
+
+def result(outcomes: list[dict[str, Any]]) -> bool:
+    """Whether the job is finished. Raises the ConfigError or RunError that a worker told of."""
+    for outcome in outcomes:
+        if "wrong_input" in outcome:
+            raise ConfigError(*outcome["wrong_input"])
+        if "failed" in outcome:
+            raise RunError(outcome["failed"])
+    if not outcomes:
+        raise RunError("the workers ended without a word; the lines above say why")
+    return outcomes[0]["finished"]
+
+
+def encode(record: dict[str, Any]) -> str:
+    return json.dumps(record)

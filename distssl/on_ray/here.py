@@ -1,0 +1,95 @@
+"""The main job as this process starts it: alone, as one of torchrun's, on its own Ray, or on the head of a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from distssl import collectives, context, job, progress, report
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data import order
+from distssl.on_ray import place
+
+STOPPED = 130  # the exit code of a command that was asked to stop
+
+
+def pretrain(run: Run, console: Console, errors: Console) -> int:
+    """Pretrain, show what came of it; the exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _under_torchrun(run, console)
+    num_workers = _num_workers(run)
+    console.print(f"preparing {run.data.source}", soft_wrap=True)
+    data = job.prepare(run, num_workers or 1)
+    console.print(f"run {run.run_name}, {num_workers or 'no'} Ray worker{'s' if num_workers != 1 else ''}")
+    finished = False
+    with progress.follow(run.run_dir, console), _ctrl_c_asks(run.run_dir, errors):
+        if num_workers:
+            from distssl.on_ray import pretrain as on_ray
+
+            finished = on_ray.run(run, data, num_workers)
+        else:
+            with Context(run.run_dir) as alone:
+                finished = job.pretrain(run, alone, data)
+    if not finished:
+        errors.print("stopped; the same command goes on from the last checkpoint")
+        return STOPPED
+    report.show(run.run_dir, console)
+    return 0
+
+
+def _under_torchrun(run: Run, console: Console) -> int:
+    """This process is one of torchrun's: rank 0 prepares, all of them train."""
+    with one_of_the_ranks(run.run_dir, lambda: job.prepare(run, collectives.world_size())) as ours:
+        finished = job.pretrain(run, ours, job.folders(run))
+        if ours.rank == 0 and finished:
+            report.show(run.run_dir, console)
+    return 0 if finished else STOPPED
+
+
+@contextmanager
+def one_of_the_ranks(run_dir: Path, prepare: Callable[[], object]) -> Iterator[Context]:
+    """This process alone, or one of torchrun's; rank 0 prepares before all go on."""
+    collectives.init()
+    try:
+        with Context(run_dir) as ours:
+            if ours.rank == 0:
+                prepare()
+            collectives.barrier()
+            yield ours
+    finally:
+        collectives.shutdown()
+
+
+def _num_workers(run: Run) -> int:
+    """What the config says, else what the place has room for: the most that share the lanes evenly."""
+    if run.machine.workers is not None:
+        return run.machine.workers
+    lanes = run.data.lanes or order.default_lanes(run.data.global_batch)
+    most = place.start().most if place.on_cluster() else torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return max(num for num in range(1, most + 1) if lanes % num == 0)
+
+
+@contextmanager
+def _ctrl_c_asks(run_dir: Path, errors: Console) -> Iterator[None]:
+    """The first Ctrl-C asks the run to save and stop, the second ends it at once."""
+
+    def ask(signum: int, frame: object) -> None:
+        if context.stop_file(run_dir).exists():
+            raise KeyboardInterrupt
+        context.stop_file(run_dir).touch()
+        errors.print("saving a checkpoint, then stopping; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass  # the caller says what to do next
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,153 @@
+"""Jobs of a cluster: what is submitted, followed through lost connections, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from distssl.errors import ConfigError, RunError
+from distssl.on_ray.tunnel import Way
+
+ROOT = Path(__file__).parent.parent.parent
+SHIPPED = ("launch.py", "pyproject.toml", "distssl", "configs")
+PROJECT = "distssl"  # of our jobs, in their metadata
+LOST_S = 600  # a head that does not answer for so long is gone
+POLL_S = 1.0
+ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+LOST = (RuntimeError, OSError, aiohttp.ClientError, asyncio.TimeoutError)
+
+Tell = Callable[[str], None]
+
+
+@contextmanager
+def shipment(files: Mapping[str, str]) -> Iterator[Path]:
+    """A folder with the code and with files by name and content: what a job's hosts get, and nothing else."""
+    with tempfile.TemporaryDirectory(prefix="distssl-job-") as folder:
+        for name in SHIPPED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            elif source.exists():
+                shutil.copy(source, folder)
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text)
+        yield Path(folder)
+
+
+def ours(client: JobSubmissionClient, kind: str = "work") -> list[JobDetails]:
+    """Jobs that were submitted by us, newest first. kind: "work", or "service" for what runs beside."""
+    found = [job for job in client.list_jobs() if (job.metadata or {}).get("project") == PROJECT and job.submission_id]
+    found = [job for job in found if (job.metadata or {}).get("kind") == kind]
+    return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+
+
+def running(client: JobSubmissionClient, kind: str = "work") -> list[JobDetails]:
+    return [job for job in ours(client, kind) if job.status not in ENDED]
+
+
+def submit(
+    client: JobSubmissionClient,
+    name: str,
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    kind: str = "work",
+) -> str:
+    """Start a job on the head; its id: the name with the first number that is free."""
+    taken = {job.submission_id for job in client.list_jobs()}
+    job = next(one for number in range(1, len(taken) + 2) if (one := f"{name}-{number}") not in taken)
+    client.submit_job(
+        entrypoint=shlex.join(command),
+        submission_id=job,
+        runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
+        metadata={"project": PROJECT, "kind": kind, "name": name, "command": json.dumps(list(command))},
+    )
+    return job
+
+
+def choose(client: JobSubmissionClient, wanted: str | None) -> JobDetails:
+    """The job of that id or run; without one the newest. Raises ConfigError with those there are."""
+    found = ours(client)
+    for job in found:
+        if wanted in (None, job.submission_id, (job.metadata or {}).get("name")):
+            return job
+    there = ", ".join(str(job.submission_id) for job in found) or "none yet"
+    raise ConfigError(f"JOB {wanted or ''}: no such job on this cluster; there are: {there}")
+
+
+def follow(way: Way, job: str, show: Tell, say: Tell) -> int:
+    """Show a job's log until it ends, through lost connections; the job's exit code.
+
+    show: called with pieces of the log, say: with lines about the connection. Raises RunError where the head stays
+    away.
+    """
+    log, lost_at = _Log(show), None
+    while True:
+        try:
+            client = way.connect(within_s=10)
+            asyncio.run(log.tail(client, job))
+            details = client.get_job_info(job)
+            if details.status in ENDED:
+                log.add(0, client.get_job_logs(job))
+                return _exit_code(details)
+            lost_at = None
+        except (RunError, *LOST) as error:
+            if lost_at is None:
+                lost_at = time.monotonic()
+                say(f"the connection is lost ({_first_line(error)}); the job goes on, connecting again")
+            if time.monotonic() - lost_at > LOST_S:
+                raise RunError(f"the head has not answered for {LOST_S // 60} minutes; is it still there?") from None
+        time.sleep(POLL_S)
+
+
+def wait(client: JobSubmissionClient, job: str, within_s: float) -> bool:
+    """Until a job has ended; whether it did in time."""
+    deadline = time.monotonic() + within_s
+    while client.get_job_status(job) not in ENDED:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+class _Log:
+    """How much of a job's log was shown: it comes from its start again after each lost connection."""
+
+    def __init__(self, show: Tell) -> None:
+        self.show, self.shown = show, 0
+
+    async def tail(self, client: JobSubmissionClient, job: str) -> None:
+        """To the end of the log or of the connection."""
+        position = 0
+        async for piece in client.tail_job_logs(job):
+            self.add(position, piece)
+            position += len(piece)
+
+    def add(self, position: int, piece: str) -> None:
+        """Show what is new of a piece of the log."""
+        new = piece[max(0, self.shown - position) :]
+        if new:
+            self.show(new)
+            self.shown = position + len(piece)
+
+
+def _exit_code(details: JobDetails) -> int:
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.status == JobStatus.STOPPED:
+        return 130
+    return details.driver_exit_code or 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

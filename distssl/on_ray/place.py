@@ -1,0 +1,70 @@
+"""Which Ray a job runs on: one started for it on this machine, or the cluster whose head this is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ray
+import torch
+
+from distssl.errors import RunError
+
+CLUSTER = "DISTSSL_CLUSTER"  # the cluster's name, in the environment of jobs that `launch.py --cluster` submits
+WORKERS = "DISTSSL_WORKERS"  # beside it: `Workers` of the cluster file, as JSON
+STORAGE = "DISTSSL_STORAGE"  # and where its run folders lie
+HEAD_CONFIG = Path("~/ray_bootstrap_config.yaml")  # where Ray leaves the cluster file on the head
+ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line comes twice
+    "PYTHONWARNINGS": "ignore:`ExecutionOptions.exclude_resources",  # Ray's own use of what it deprecates
+}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers a place has room for, and what one of them takes."""
+
+    most: int
+    cpus: int
+    gpus: int
+
+    @property
+    def share(self) -> dict[str, int]:
+        """As Ray wants it."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def on_cluster() -> bool:
+    return CLUSTER in os.environ
+
+
+def start(workers: int | None = None, kept_cpus: int = 0) -> Workers:
+    """Join the cluster, or start Ray here with room for so many workers, and for `kept_cpus` of other work."""
+    os.environ |= ENVIRONMENT
+    if on_cluster():
+        if not ray.is_initialized():
+            ray.init(address="auto", logging_level=logging.ERROR)
+        return Workers(**json.loads(os.environ[WORKERS])) if WORKERS in os.environ else _of_live_nodes()
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts the machine the driver runs on
+    workers = workers or 1
+    cpus = max(os.cpu_count() or 1, workers + kept_cpus)
+    ray.init(num_cpus=cpus, logging_level=logging.ERROR)
+    return Workers(workers, (cpus - kept_cpus) // workers, int(torch.cuda.is_available()))
+
+
+def _of_live_nodes() -> Workers:
+    """A worker a GPU, or a node where there are none; of a cluster that somebody else runs."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:
+        raise RunError("no node of the cluster has a CPU to give")
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    if not any(gpus):
+        return Workers(len(nodes), int(min(node["CPU"] for node in nodes)), 0)
+    return Workers(sum(gpus), int(min(node["CPU"] // gpu for node, gpu in zip(nodes, gpus, strict=True) if gpu)), 1)

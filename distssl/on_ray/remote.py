@@ -1,0 +1,213 @@
+"""The same command on a cluster: check, bring it up, ship the code, submit, follow, and leave as the job leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray.job_submission import JobSubmissionClient
+from rich.console import Console
+
+from distssl.config import Run
+from distssl.data import order
+from distssl.errors import ConfigError, RunError
+from distssl.on_ray import cluster, jobs, place
+from distssl.on_ray.cluster_file import ClusterFile
+from distssl.on_ray.place import Workers
+from distssl.on_ray.tunnel import TENSORBOARD, Way
+
+log = logging.getLogger(__name__)
+
+LET_GO = 130  # the exit code of a command whose job goes on
+STOP_S = 300  # for the checkpoint of a run that is asked to stop
+PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")  # no keys: hosts have roles of their own
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a command runs and what happens around it; as the command line says."""
+
+    cluster: Path | None = None
+    address: str | None = None
+    detach: bool = False
+    down_when_done: bool = False
+
+    def __bool__(self) -> bool:
+        return self.cluster is not None or self.address is not None
+
+    def check(self) -> None:
+        if self.cluster and self.address:
+            raise ConfigError("--cluster and --address: one of them is right")
+        if self.down_when_done and not self.cluster:
+            raise ConfigError("--down-when-done: needs --cluster; a cluster that somebody else runs is not ours to end")
+        if not self and self.detach:
+            raise ConfigError("--detach: needs --cluster or --address")
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What to do there. command: of launch.py, without the options of a Target; files: by name, beside launch.py.
+
+    run: whose sizes have to fit the workers, and whose folder TensorBoard shows.
+    """
+
+    name: str
+    command: list[str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    run: Run | None = None
+
+
+class Cluster:
+    """A cluster that commands speak with, by its file or its address. Use as a context manager."""
+
+    def __init__(self, target: Target, console: Console) -> None:
+        target.check()
+        self.target, self.console = target, console
+        self.file = ClusterFile(target.cluster) if target.cluster else None
+        self.way = Way(self.file, target.address)
+        self.client: JobSubmissionClient
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.way.close()
+
+    @property
+    def name(self) -> str:
+        return self.file.name if self.file else self.way.dashboard
+
+    @property
+    def options(self) -> str:
+        """Of the command line, to speak with it again."""
+        return f"--cluster {self.target.cluster}" if self.file else f"--address {self.target.address}"
+
+    @property
+    def storage(self) -> str:
+        """Where its jobs' run folders lie. Raises ConfigError where nobody said."""
+        found = self.file.options.storage if self.file else None
+        if found is None:
+            raise ConfigError(
+                "machine.storage: hosts share no folder with this machine; say --storage s3://BUCKET/runs"
+            )
+        return found
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def find(self) -> None:
+        """Connect to it. Raises ConfigError where it is not up."""
+        if self.file and not cluster.is_up(self.file):
+            raise ConfigError(f"{self.target.cluster}: the cluster {self.name} is not up")
+        self.client = self.way.connect()
+
+    def raise_up(self, run: Run | None) -> Workers | None:
+        """Check, bring it up where it is not, connect; what it has room for, None where only the cluster knows.
+
+        A head that is there is used as it is: nothing of it is restarted.
+        """
+        workers = None
+        if self.file:
+            self.say(f"checking {self.target.cluster}")
+            workers = self.file.workers(cluster.check(self.file))
+            if run:
+                _check_workers(run, workers)
+            if not cluster.is_up(self.file):
+                self._up()
+        self.client = self.way.connect()
+        return workers
+
+    def _up(self) -> None:
+        assert self.file
+        started = time.monotonic()
+        with self.console.status(f"bringing {self.name} up") as status:
+            cluster.up(self.file, lambda line: status.update(f"bringing {self.name} up: {line[:100]}"))
+        self.say(f"cluster {self.name} is up after {time.monotonic() - started:.0f} s")
+
+    def submit(self, errand: Errand, workers: Workers | None) -> str:
+        """Start the errand's job; the one that is doing it already where there is one. Its id."""
+        for job in jobs.running(self.client):
+            if (job.metadata or {}).get("name") == errand.name:
+                self.say(f"job {job.submission_id} is doing that already")
+                return str(job.submission_id)
+        environment = {**place.ENVIRONMENT, place.CLUSTER: self.name}
+        environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        if self.file:
+            environment |= self.file.options.environment
+            if self.file.options.storage:
+                environment[place.STORAGE] = self.file.options.storage
+        if workers:
+            environment[place.WORKERS] = workers.dumps()
+        with jobs.shipment(errand.files) as folder:
+            job = jobs.submit(self.client, errand.name, ["python", "launch.py", *errand.command], folder, environment)
+            if errand.run and self.file:
+                self._serve_tensorboard(str(errand.run.machine.storage), folder, environment)
+            if self.target.down_when_done:
+                reaper = ["python", "-m", "distssl.on_ray.reaper", job]
+                jobs.submit(self.client, "reaper", reaper, folder, environment, kind="service")
+        return job
+
+    def _serve_tensorboard(self, storage: str, folder: Path, environment: Mapping[str, str]) -> None:
+        command = ["tensorboard", "--logdir", storage, "--host", "127.0.0.1", "--port", str(TENSORBOARD)]
+        for job in jobs.running(self.client, "service"):
+            if (job.metadata or {}).get("name") == "tensorboard":
+                return
+        jobs.submit(self.client, "tensorboard", command, folder, environment, kind="service")
+
+    def follow(self, job: str) -> int:
+        """Show the job until it ends; its exit code. A Ctrl-C lets go of it."""
+        self.say(f"job {job} on {self.name}")
+        self.say(f"dashboard:   {self.way.dashboard}")
+        if self.way.tensorboard:
+            self.say(f"TensorBoard: {self.way.tensorboard}")
+        try:
+            return jobs.follow(self.way, job, lambda text: self.console.out(text, end="", highlight=False), self.say)
+        except KeyboardInterrupt:
+            self.say(f"\nlet go of {job}, which goes on. Come back: python launch.py attach {job} {self.options}")
+            return LET_GO
+
+    def run(self, errand: Errand) -> int:
+        """Do an errand there; the exit code."""
+        job = self.submit(errand, self.raise_up(errand.run))
+        if self.target.detach:
+            self.say(f"job {job} goes on by itself. Watch it: python launch.py attach {job} {self.options}")
+            return 0
+        code = self.follow(job)
+        if code == LET_GO and not jobs.wait(self.client, job, 0):
+            return code
+        if self.target.down_when_done and self.file:
+            self.say(f"taking {self.name} down")
+            cluster.down(self.file, lambda line: None)
+            self.say("nothing of it is left")
+        elif self.file:
+            self.say(f"the cluster is still up; to end it: python launch.py down {self.options}")
+        return code
+
+
+def _check_workers(run: Run, workers: Workers) -> None:
+    """The lanes must be shared out evenly. Raises ConfigError."""
+    num = run.machine.workers or workers.most
+    lanes = run.data.lanes or order.default_lanes(run.data.global_batch)
+    if num > workers.most:
+        raise ConfigError(f"machine.workers={num}: the cluster file has room for {workers.most}")
+    if lanes % num:
+        fits = [one for one in range(1, workers.most + 1) if lanes % one == 0]
+        raise ConfigError(f"machine.workers={num} does not divide data.lanes={lanes}; right here: {fits}")
+
+
+def stop(there: Cluster, job: str) -> bool:
+    """Ask a job to save and stop, and end it where it does not; whether it ended by itself."""
+    asking = ["python", "-m", "distssl.on_ray.ask_to_stop", job.rpartition("-")[0]]
+    with jobs.shipment({}) as folder:
+        asked = jobs.submit(there.client, "ask-to-stop", asking, folder, {place.CLUSTER: there.name}, kind="service")
+    jobs.wait(there.client, asked, 60)
+    if jobs.wait(there.client, job, STOP_S):
+        return True
+    there.client.stop_job(job)
+    if not jobs.wait(there.client, job, 60):
+        raise RunError(f"job {job} does not end; python launch.py down {there.options} ends everything")
+    return False

@@ -1,0 +1,204 @@
+"""An AWS without a cloud: moto answers EC2, IAM, S3 and STS; an instance of its is a host made of namespaces.
+
+A spot instance's notice is given where a real one finds it, at http://169.254.169.254 with a session token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.exceptions import BotoCoreError
+
+from tests.cluster import hosts
+
+MOTO_PORT = 5555
+ENDPOINT = f"http://{hosts.GATEWAY}:{MOTO_PORT}"
+REGION, ZONE = "us-west-2", "us-west-2a"
+BUCKET = "distssl-test"
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": REGION}
+SPOT_S = 40  # from a notice to the end of the instance; two minutes on the real one
+ALIVE = ("pending", "running")
+IAM = Path(__file__).parent.parent.parent / "cluster" / "iam"
+
+
+class Cloud:
+    """Use as a context manager, which also takes this thread into its network.
+
+    `environment` is that of a user of this AWS; `vpc`, `subnet` and `image` are what their cluster file names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.network = hosts.Network(folder / "net")
+        self.home = folder / "home"
+        self.boots: Callable[[dict[str, Any]], bool] = lambda instance: True  # whether one that is started comes up
+        self.log: list[str] = []
+        self._notices: dict[str, str] = {}  # address -> when its instance ends
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Cloud:
+        (self.folder / "net").mkdir(parents=True)
+        self.home.mkdir()
+        self.network.__enter__()
+        self._inside = self.network.inside()
+        self._inside.__enter__()
+        with open(self.folder / "moto.log", "wb") as log:
+            self._moto = subprocess.Popen(
+                [Path(sys.executable).parent / "moto_server", "-H", hosts.GATEWAY, "-p", str(MOTO_PORT)],
+                env=os.environ | KEYS | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+                stdout=log,
+                stderr=log,
+            )
+        self._metadata = http.server.ThreadingHTTPServer(("169.254.169.254", 80), _metadata_of(self._notices))
+        threading.Thread(target=self._metadata.serve_forever, daemon=True).start()
+        self._seed()
+        self._thread = threading.Thread(target=self._hypervise, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        self._metadata.shutdown()
+        self._metadata.server_close()
+        self._moto.kill()
+        self._moto.wait()
+        self._inside.__exit__(None, None, None)
+        self.network.__exit__()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        bare = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
+        return bare | KEYS | {"HOME": str(self.home), "AWS_ENDPOINT_URL": ENDPOINT, "AWS_EC2_METADATA_DISABLED": "true"}
+
+    def client(self, service: str) -> Any:
+        return boto3.client(
+            service,
+            region_name=REGION,
+            endpoint_url=ENDPOINT,
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+        )
+
+    def instances(self, *states: str) -> list[dict[str, Any]]:
+        """Those in some states, by default all that there ever were."""
+        pages = self.client("ec2").get_paginator("describe_instances").paginate()
+        found = [one for page in pages for group in page["Reservations"] for one in group["Instances"]]
+        return [one for one in found if not states or one["State"]["Name"] in states]
+
+    def give_notice(self, instance: dict[str, Any]) -> None:
+        """Tell a spot instance that it ends, and end it when it is time."""
+        ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=SPOT_S)
+        self._notices[instance["PrivateIpAddress"]] = ends.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+        def end() -> None:
+            with self.network.inside():
+                self.client("ec2").terminate_instances(InstanceIds=[instance["InstanceId"]])
+
+        timer = threading.Timer(SPOT_S, end)
+        timer.daemon = True
+        timer.start()
+
+    def _seed(self) -> None:
+        ec2 = self.client("ec2")
+        _until(lambda: bool(ec2.describe_regions()), 60)
+        self.vpc = ec2.create_vpc(CidrBlock=f"{hosts.PREFIX}.0/16")["Vpc"]["VpcId"]
+        made = ec2.create_subnet(VpcId=self.vpc, CidrBlock=f"{hosts.PREFIX}.0/24", AvailabilityZone=ZONE)
+        self.subnet = made["Subnet"]["SubnetId"]
+        self.image = ec2.describe_images()["Images"][0]["ImageId"]
+        where = {"LocationConstraint": REGION}
+        self.client("s3").create_bucket(Bucket=BUCKET, CreateBucketConfiguration=where)
+        iam = self.client("iam")
+        for name in ("head", "worker"):
+            role = f"distssl-{name}"
+            iam.create_role(RoleName=role, AssumeRolePolicyDocument=(IAM / "trust.json").read_text())
+            for policy in sorted(IAM.glob(f"{name}*.json")):
+                text = policy.read_text().replace("FILL_IN_BUCKET", BUCKET)
+                iam.put_role_policy(RoleName=role, PolicyName=policy.stem, PolicyDocument=text)
+            iam.create_instance_profile(InstanceProfileName=role)
+            iam.add_role_to_instance_profile(InstanceProfileName=role, RoleName=role)
+
+    def _hypervise(self) -> None:
+        """Every instance that is started gets a host, and loses it when it is ended."""
+        on: dict[str, hosts.Host | None] = {}
+        with self.network.inside():
+            while not self._stop.is_set():
+                try:
+                    found = self.instances()
+                except BotoCoreError:  # moto is being ended
+                    return
+                for one in found:
+                    name, alive = one["InstanceId"], one["State"]["Name"] in ALIVE
+                    if alive and name not in on:
+                        on[name] = self._boot(one) if self.boots(one) else None
+                    elif not alive and on.get(name):
+                        self._note("off", one)
+                        on.pop(name).power_off()  # type: ignore[union-attr]
+                        on[name] = None
+                self._stop.wait(0.5)
+            for host in on.values():
+                if host:
+                    host.power_off()
+
+    def _boot(self, one: dict[str, Any]) -> hosts.Host:
+        self._note("on", one)
+        keys = self.client("ec2").describe_key_pairs(KeyNames=[one["KeyName"]], IncludePublicKey=True)["KeyPairs"]
+        return self.network.host(one["InstanceId"], one["PrivateIpAddress"], keys[0]["PublicKey"])
+
+    def _note(self, what: str, one: dict[str, Any]) -> None:
+        kind = one.get("InstanceLifecycle", "on demand")
+        self.log.append(f"{time.strftime('%H:%M:%S')} {what} {one['InstanceId']} {one['InstanceType']} {kind}")
+
+
+def _metadata_of(notices: dict[str, str]) -> type[http.server.BaseHTTPRequestHandler]:
+    """The metadata service, version 2, for hosts known by their address."""
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            wanted = self.path == "/latest/api/token" and self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
+            self._answer(200, "token") if wanted else self._answer(400, "")
+
+        def do_GET(self) -> None:
+            ends = notices.get(self.client_address[0])
+            if self.headers.get("X-aws-ec2-metadata-token") != "token":
+                self._answer(401, "")
+            elif self.path == "/latest/meta-data/spot/instance-action" and ends:
+                self._answer(200, json.dumps({"action": "terminate", "time": ends}))
+            else:
+                self._answer(404, "")
+
+        def _answer(self, code: int, text: str) -> None:
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError):  # who asked may have gone
+                self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """It says nothing."""
+
+    return Metadata
+
+
+def _until(condition: Callable[[], bool], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            if condition():
+                return
+        except BotoCoreError:
+            pass
+        assert time.monotonic() < deadline, f"not so within {within_s} s"
+        time.sleep(0.5)
