@@ -140,8 +140,8 @@ class Training:
                     outputs = self.model(self._moved(views))
                 (outputs["loss"] / cfg.accumulate).backward()
             self.window.add(outputs, views)
-        if cfg.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_norm)
+        if cfg.clip_norm is not None or self._is_logged(self.step + 1):
+            self.window.gradient_norm = optim.clip_gradient(self.model.parameters(), cfg.clip_norm)
         self.optimizer.step()
         self.step += 1
         self.method.on_step_end(self.step / self.plan.total_steps)
@@ -165,7 +165,7 @@ class Training:
         last = self.step == self.plan.total_steps
         due = self.cfg.eval.every and self.step % (self.cfg.eval.every * self.plan.steps_per_epoch) == 0
         stop = preempted = False
-        if self.step % self.cfg.train.log_every == 0 or last or self.news:
+        if self._is_logged(self.step):
             stop = self._log() and not last
             preempted = self.context.preempted()
         if self.probe and (due or last):
@@ -173,6 +173,10 @@ class Training:
         if due or last or stop or preempted or self.step % self.cfg.checkpoint.every == 0:
             self._checkpoint()
         return stop
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether the window ends after so many steps, the next of them or the last."""
+        return step % self.cfg.train.log_every == 0 or step == self.plan.total_steps or bool(self.news)
 
     def _probe(self) -> None:
         """Evaluate the backbone as it is, beside the training where there is room for it."""
@@ -196,7 +200,8 @@ class Training:
     def _log(self) -> bool:
         """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
         seconds = self.window.seconds()
-        figures = self.window.means() | {"data_wait": self.window.waited_s / seconds}
+        norm = self.window.gradient_norm.item()
+        figures = self.window.means() | {"data_wait": self.window.waited_s / seconds, "gradient_norm": norm}
         steps_per_s = self.window.num_batches / self.cfg.train.accumulate / seconds
         outputs, views = self.window.outputs, self.window.views
         self.window.reset()  # here, so that the time logging takes is counted too

@@ -21,6 +21,7 @@ class Window:
         self._scalars: list[dict[str, torch.Tensor]] = []
         self.waited_s = 0.0  # for data
         self.num_batches = 0
+        self.gradient_norm = torch.tensor(0.0)  # of the global batch, in the last step
         self.outputs: dict[str, torch.Tensor] = {}  # of the last batch
         self.views: dict[str, torch.Tensor] = {}  # of the last batch
 

@@ -1,4 +1,4 @@
-"""What the record of a run does where it cannot be written."""
+"""What the record of a run says of the gradient, and what it does where it cannot be written."""
 
 from __future__ import annotations
 
@@ -6,10 +6,92 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distssl import monitor
+from distssl import method, monitor, train
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
-from tests import disks
+from tests import disks, runs
+
+PLAIN = [  # a step is then -lr times the gradient, and nothing else
+    "train.precision=float64",
+    "train.optimizer=sgd",
+    "train.momentum=0",
+    "train.weight_decay=0",
+    "train.warmup_epochs=0",
+    "train.epochs=1",
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.packed(tmp_path_factory.mktemp("photos"))
+
+
+def parameters(of: method.Method) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in of.parameters()])
+
+
+def train_two_steps(run: Run) -> list[float]:
+    """How far each step moved the parameters, over its learning rate: the norm of the gradient it took."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    lengths = []
+    with Context(run.run_dir) as context:
+        training = train.Training(run, context, Dataset.open(Path(run.data.source)))
+        batches = training.batches()
+        for _ in range(2):
+            before = parameters(training.method)
+            training.take_step(batches)
+            training._after_step()
+            lengths.append(float((parameters(training.method) - before).norm() / training.metrics["lr"]))
+        training.close()
+    return lengths
+
+
+def logged(run: Run) -> list[float]:
+    return [row["gradient_norm"] for row in monitor.read_jsonl(run.run_dir / monitor.METRICS)]
+
+
+@pytest.mark.parametrize("settings", [[], ["train.accumulate=2"], ["data.lanes=4", "train.micro_batch=8"]], ids=str)
+def test_the_gradient_norm_is_that_of_the_global_batch(ranks, packed: Path, tmp_path: Path, settings: list) -> None:
+    alone = runs.tiny(packed, tmp_path, "name=alone", *PLAIN, *settings)
+    lengths = train_two_steps(alone)
+    assert logged(alone) == pytest.approx(lengths, rel=1e-9)
+    shared = runs.tiny(packed, tmp_path, "name=shared", *PLAIN, *settings)
+    for of_rank in ranks(2).run(train_two_steps, shared):
+        assert of_rank == pytest.approx(lengths, rel=1e-6)
+    assert logged(shared) == pytest.approx(lengths, rel=1e-6)
+    board = EventAccumulator(str(shared.run_dir))
+    board.Reload()
+    assert [point.value for point in board.Scalars("gradient_norm")] == pytest.approx(lengths, rel=1e-6)
+
+
+def test_the_gradient_norm_is_that_before_clipping(packed: Path, tmp_path: Path) -> None:
+    free, clipped = (
+        runs.tiny(packed, tmp_path, f"name={name}", f"train.clip_norm={norm}", *PLAIN)
+        for name, norm in (("free", "null"), ("clipped", 0.01))
+    )
+    train_two_steps(free)
+    assert train_two_steps(clipped) == pytest.approx([0.01, 0.01], rel=1e-3)  # torch adds 1e-6 to the norm
+    assert logged(clipped)[0] == pytest.approx(logged(free)[0], rel=1e-12)
+    assert logged(free)[0] > 0.1
+
+
+def test_the_gradient_norm_is_measured_where_it_is_logged_alone(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_measured = []
+    of_torch = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *args: num_measured.append(1) or of_torch(*args))
+    often = runs.trained(runs.tiny(packed, tmp_path, "name=often", *PLAIN))
+    assert len(num_measured) == len(logged(often)) == 7
+    num_measured.clear()
+    rarely = runs.trained(runs.tiny(packed, tmp_path, "name=rarely", *PLAIN, "train.log_every=3"))
+    assert len(num_measured) == 3
+    assert logged(rarely) == pytest.approx([logged(often)[step - 1] for step in (3, 6, 7)], rel=1e-9)
 
 
 def log_much(record: monitor.Monitor) -> None:

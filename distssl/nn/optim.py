@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         if not group["lr_constant"]:
             group["lr"] = lr * group["lr_scale"]
+
+
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
+    """Scale all gradients by one factor so that their common L2 norm is at most `max_norm`; the norm before, scalar."""
+    parameters = list(parameters)
+    if max_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def _groups(
