@@ -14,13 +14,13 @@ import torch
 from ray import train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.metrics import Gauge
 
 from distssl import job
 from distssl.config import Run
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import desk, place
+from distssl.on_ray.gauges import Gauges
 from distssl.on_ray.network import BoundTorchConfig
 
 log = logging.getLogger(__name__)
@@ -29,21 +29,18 @@ Work = Callable[[Run, Context, job.Folders], bool]  # whether it is finished
 
 MOST_FAILURES = 5  # of workers in one run; preemptions are not counted by Ray
 GRACE_S = 10  # between the first worker that tells of a mistake and the last, where all of them met it
-GAUGES = ("loss", "lr", "images_per_s", "data_wait", "effective_rank", "knn", "epoch", "eta_s", "num_bad")
 
 
 class RayContext(Context):
     """A worker of a Ray Train run; Ray has set up the process group."""
 
-    def __init__(self, run_dir: Path, the_desk: Any, eval_cpus: int | None = None) -> None:
-        super().__init__(run_dir)
+    def __init__(self, run: Run, the_desk: Any) -> None:
+        super().__init__(run.run_dir)
         self._desk = the_desk
-        self._eval_cpus = eval_cpus
+        self._eval_cpus = run.machine.eval_cpus
         self._saved = False  # since a node of the workers began to drain
         self._evaluations: dict[Any, int] = {}  # what Ray will give -> the step it is of
-        self._gauges = {name: Gauge(f"distssl_{name}", tag_keys=("run",)) for name in GAUGES}
-        for gauge in self._gauges.values():
-            gauge.set_default_tags({"run": run_dir.name})
+        self._gauges = Gauges(run.run_name, run.method.name)
 
     def commit(self, write: Callable[[], Path], metrics: Mapping[str, float]) -> None:
         if self.rank != 0:
@@ -94,8 +91,11 @@ class RayContext(Context):
 
     def record(self, metrics: Mapping[str, float]) -> None:
         if self.rank == 0:
-            for name in self._gauges.keys() & metrics.keys():
-                self._gauges[name].set(metrics[name])
+            self._gauges.record(metrics)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._gauges.close()
+        super().__exit__(*exc_info)
 
 
 def _evaluate(evaluate: Callable[[], dict[str, float]], threads: int) -> dict[str, float]:
@@ -112,7 +112,7 @@ def _work(given: dict[str, Any]) -> None:
     the_desk = given["desk"]
     if any("finished" not in outcome for outcome in ray.get(the_desk.outcomes.remote())):
         return
-    with RayContext(run.run_dir, the_desk, run.machine.eval_cpus) as context:
+    with RayContext(run, the_desk) as context:
         try:
             finished = given["work"](run, context, given["folders"] or job.folders(run))
         except (ConfigError, RunError) as error:
