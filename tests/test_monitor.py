@@ -1,10 +1,20 @@
-"""What the record of a run says of the gradient, and what it does where it cannot be written."""
+"""What the record of a run says of the gradient, who can read it, and what it does where it cannot be written."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -92,6 +102,60 @@ def test_the_gradient_norm_is_measured_where_it_is_logged_alone(
     rarely = runs.trained(runs.tiny(packed, tmp_path, "name=rarely", *PLAIN, "train.log_every=3"))
     assert len(num_measured) == 3
     assert logged(rarely) == pytest.approx([logged(often)[step - 1] for step in (3, 6, 7)], rel=1e-9)
+
+
+@contextmanager
+def serving(program: str, *options: str, log: Path, environ: Mapping[str, str]) -> Iterator[str]:
+    """A program of this environment that serves HTTP on a free port of loopback; its address once it answers."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [Path(sys.executable).parent / program, *options, "--host=127.0.0.1", f"--port={port}"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=file, env=environ)
+    try:
+        until = time.monotonic() + 120
+        while answer(f"http://127.0.0.1:{port}/") is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def answer(url: str) -> bytes | None:
+    """None where nobody answers, or with an error."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as found:
+            return found.read()
+    except OSError:
+        return None
+
+
+def test_tensorboard_reads_runs_from_s3(tmp_path: Path) -> None:
+    losses = [4.0, 2.0, 1.0]
+    record = monitor.Monitor(tmp_path / "demo", 0)
+    for step, loss in enumerate(losses, 1):
+        record.log(step, {"loss": loss})
+    record.close()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with ExitStack() as stack:
+        s3 = stack.enter_context(serving("moto_server", log=tmp_path / "s3.log", environ=os.environ | keys))
+        session = boto3.Session("test", "test", region_name="us-east-1")
+        bucket = session.resource("s3", endpoint_url=s3).Bucket("team")
+        bucket.create()
+        (events,) = (tmp_path / "demo").glob("events.*")
+        bucket.upload_file(str(events), f"runs/demo/{events.name}")
+        environ = os.environ | keys | {"AWS_ENDPOINT_URL": s3}
+        log = tmp_path / "tensorboard.log"
+        board = stack.enter_context(serving("tensorboard", "--logdir=s3://team/runs", log=log, environ=environ))
+        until = time.monotonic() + 60
+        while not (found := answer(f"{board}/data/plugin/scalars/scalars?run=demo&tag=loss")):
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.3)
+    assert [(step, value) for _, step, value in json.loads(found)] == list(enumerate(losses, 1))
 
 
 def log_much(record: monitor.Monitor) -> None:
