@@ -86,11 +86,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def one_writer(folder: Path, rank: int) -> contextlib.AbstractContextManager[None]:
-    """`locked` for a run of several processes: rank 0 holds the lock of a folder, made where it is not there."""
-    if rank:
-        return contextlib.nullcontext()
-    make_folder(folder)
-    return locked(folder)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder checkpoints/step_NNNNNNNN with state.pt and manifest.json (bytes and sha256 of the state,
 the metrics at that step). It is written under another name, flushed to the disk and renamed, so a folder of that name
-is whole or damaged later, which the sum shows.
+is whole or damaged later, which the sum shows. `mirrored` is about those of a run folder that lies at a URL.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
+
+
+class DamagedError(ConfigError):
+    """A checkpoint that is not whole."""
 
 
 def folder(run_dir: Path) -> Path:
@@ -56,7 +60,7 @@ def write(run_dir: Path, step: int, state: Mapping[str, Any], metrics: Mapping[s
             torch.save(dict(state), file)
             os.fsync(file.fileno())
         manifest = {"step": step, "metrics": dict(metrics), "bytes": (staging / STATE).stat().st_size}
-        manifest["sha256"] = _sha256(staging / STATE)
+        manifest["sha256"] = sha256(staging / STATE)
         with open(staging / MANIFEST, "w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -73,37 +77,22 @@ def write(run_dir: Path, step: int, state: Mapping[str, Any], metrics: Mapping[s
     return final
 
 
-def commit(
-    run_dir: Path,
-    step: int,
-    state: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    keep_last: int,
-    keep_best: str | None,
-    keep_steps: Collection[int],
-) -> Path:
-    """`write`, then `prune`."""
-    path = write(run_dir, step, state, metrics)
-    prune(run_dir, keep_last=keep_last, keep_best=keep_best, keep_steps=keep_steps)
-    return path
-
-
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's state, on the CPU. Raises ConfigError where it is not whole."""
+    """A checkpoint's state, on the CPU. Raises DamagedError where it is not whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         size = (path / STATE).stat().st_size
         if size != manifest["bytes"]:
-            raise ConfigError(f"checkpoint {path}: {STATE} has {size} bytes, its manifest says {manifest['bytes']}")
-        if _sha256(path / STATE) != manifest["sha256"]:
-            raise ConfigError(f"checkpoint {path}: {STATE} does not have the sha256 of its manifest")
+            raise DamagedError(f"checkpoint {path}: {STATE} has {size} bytes, its manifest says {manifest['bytes']}")
+        if sha256(path / STATE) != manifest["sha256"]:
+            raise DamagedError(f"checkpoint {path}: {STATE} does not have the sha256 of its manifest")
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"checkpoint {path}: {Path(error.filename).name} is missing") from None
+        raise DamagedError(f"checkpoint {path}: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, DamagedError):
             raise
-        raise ConfigError(f"checkpoint {path}: cannot be read: {_first_line(error)}") from None
+        raise DamagedError(f"checkpoint {path}: cannot be read: {_first_line(error)}") from None
 
 
 def newest(run_dir: Path) -> dict[str, Any] | None:
@@ -117,7 +106,7 @@ def newest(run_dir: Path) -> dict[str, Any] | None:
     for path in paths:
         try:
             return read(path)
-        except ConfigError as error:
+        except DamagedError as error:
             log.warning("%s", error)
             mistakes += error.messages
     if mistakes:
@@ -128,12 +117,20 @@ def newest(run_dir: Path) -> dict[str, Any] | None:
 def add_metrics(run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
     """Note metrics that were found later in the checkpoint of a step, where that is still there."""
     path = folder(run_dir) / f"step_{step:08d}" / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        with atomic.replacing(path) as part:
-            part.write_text(json.dumps(manifest | {"metrics": manifest["metrics"] | metrics}, indent=1))
-    except FileNotFoundError:
-        return
+    data = _bytes(path)
+    if data is not None:
+        write_manifest(path.parent, with_metrics(data, metrics))
+
+
+def with_metrics(manifest: bytes, metrics: Mapping[str, float]) -> bytes:
+    """A manifest with more metrics."""
+    there = json.loads(manifest)
+    return json.dumps(there | {"metrics": there["metrics"] | metrics}, indent=1).encode()
+
+
+def write_manifest(path: Path, data: bytes) -> None:
+    with atomic.replacing(path / MANIFEST) as part:
+        part.write_bytes(data)
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_best: str | None, keep_steps: Collection[int] = ()) -> None:
@@ -141,29 +138,51 @@ def prune(run_dir: Path, *, keep_last: int, keep_best: str | None, keep_steps: C
 
     And what writers that were killed left half done: call it from the one process that writes here, between writes.
     """
-    paths = sorted(folder(run_dir).glob("step_*"))
-    keep = {*paths[-keep_last:], *(folder(run_dir) / f"step_{step:08d}" for step in keep_steps)}
-    scores = {path: score for path in paths if (score := _metric(path, keep_best)) is not None}
-    if scores:
-        best = min if keep_best == "loss" else max
-        keep.add(best(scores, key=lambda path: scores[path]))
-    for path in (*paths, *folder(run_dir).glob(".step_*")):
-        if path not in keep:
+    paths = {step_of(path.name): path for path in folder(run_dir).glob("step_*")}
+    scores = {step: metric(_bytes(path / MANIFEST), keep_best) for step, path in paths.items()}
+    staying = kept(scores, keep_last, keep_best, keep_steps)
+    for path in (*paths.values(), *folder(run_dir).glob(".step_*")):
+        if path.name.startswith(".") or step_of(path.name) not in staying:
             shutil.rmtree(path)
+
+
+def kept(
+    scores: Mapping[int, float | None], keep_last: int, keep_best: str | None, keep_steps: Collection[int]
+) -> set[int]:
+    """Of the steps with these scores those that stay."""
+    staying = {*sorted(scores)[-keep_last:], *keep_steps}
+    scored = {step: score for step, score in sorted(scores.items()) if score is not None}
+    if scored:
+        best = min if keep_best == "loss" else max
+        staying.add(best(scored, key=lambda step: scored[step]))
+    return staying
+
+
+def step_of(name: str) -> int:
+    """The step of checkpoints/step_NNNNNNNN/FILE, or of step_NNNNNNNN."""
+    return int(name.rpartition("step_")[2][:8])
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None  # damaged
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _metric(path: Path, name: str | None) -> float | None:
+def metric(manifest: bytes | None, name: str | None) -> float | None:
+    """One of a manifest's metrics, None where it has none of this name."""
     try:
-        return json.loads((path / MANIFEST).read_text())["metrics"].get(name)
-    except (OSError, ValueError, KeyError):
+        return json.loads(manifest or b"")["metrics"].get(name)
+    except (ValueError, KeyError):
         return None  # damaged: it has no score, and is kept or deleted by its age
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, RunError
 
 T = TypeVar("T")
 
@@ -153,6 +153,20 @@ def broadcast_object(value: T, source: int = 0) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=source)
     return values[0]
+
+
+def together(call: Callable[[], T]) -> T:
+    """`call()` on every rank; where one raises a ConfigError or RunError, all of them do, instead of waiting for it."""
+    value: T | None = None
+    mistake: ConfigError | RunError | None = None
+    try:
+        value = call()
+    except (ConfigError, RunError) as error:
+        mistake = error
+    for found in gather_objects(mistake):
+        if found is not None:
+            raise found
+    return cast(T, value)
 
 
 def _has_group() -> bool:

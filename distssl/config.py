@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
-from distssl import settings
+from distssl import mirror, remote, settings
 from distssl.errors import ConfigError
 
 FROZEN_TASKS = ("knn", "linear", "retrieval", "cluster")  # on a frozen backbone's features
@@ -137,13 +137,18 @@ class Machine(Section):
         default=None, description="kept, under Ray, for evaluations beside the training; null: it waits for them"
     )
     cache: Path = Field(default=Path("~/.cache/distssl"), validate_default=True)
-    storage: Path = Field(default=Path("runs"), validate_default=True, description="where run folders lie")
+    storage: str = Field(default="runs", validate_default=True, description="where run folders lie: a folder or a URL")
     ledger: bool = Field(default=False, description="write the sample ids of every step")
 
-    @field_validator("cache", "storage", mode="after")
+    @field_validator("cache", mode="after")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
         return path.expanduser().absolute()  # Ray's workers run in another folder
+
+    @field_validator("storage", mode="after")
+    @classmethod
+    def _absolute_or_url(cls, place: str) -> str:
+        return remote.checked(place) if remote.is_url(place) else str(Path(place).expanduser().absolute())
 
 
 class Run(Section):
@@ -170,8 +175,16 @@ class Run(Section):
         return self.name or f"{self.method.name}_{self.model.backbone}_{plain_name(self.data.source)}"
 
     @property
+    def run_url(self) -> str | None:
+        """Where the run folder lies, if that is no path."""
+        return f"{self.machine.storage}/{self.run_name}" if remote.is_url(self.machine.storage) else None
+
+    @property
     def run_dir(self) -> Path:
-        return self.machine.storage / self.run_name
+        """The run folder, or this node's working copy of it."""
+        if self.run_url:
+            return mirror.working_copy(self.machine.storage, self.run_name, self.machine.cache / "runs")
+        return Path(self.machine.storage) / self.run_name
 
 
 def plain_name(source: str) -> str:

@@ -5,15 +5,21 @@ One process, torchrun and Ray stand behind this one interface; on_ray has the th
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from distssl import collectives
+from distssl import atomic, collectives
+from distssl.mirror import Mirror
+
+PLACE = ".place"  # in the run folder: a number by which ranks know whether they see the same one
 
 Self = TypeVar("Self", bound="Context")  # typing has one from Python 3.11 on
 
@@ -21,11 +27,13 @@ Self = TypeVar("Self", bound="Context")  # typing has one from Python 3.11 on
 class Context:
     """One process of a run, alone or under torchrun.
 
-    Use as a context manager: leaving it waits for the last checkpoint.
+    Use as a context manager: leaving it waits for the last checkpoint. `mirror` is there where the run folder lies at
+    a URL and `run_dir` is this node's working copy of it.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self.mirror: Mirror | None = None
         self.device = _device()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
@@ -37,6 +45,49 @@ class Context:
     @property
     def world_size(self) -> int:
         return collectives.world_size()
+
+    @functools.cached_property
+    def node(self) -> str:
+        """The same for the ranks that see the same run folder, and for no others, in every run on it."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        place = self.run_dir / PLACE
+        if not place.exists():
+            ours = place.with_name(f"{PLACE}.{uuid.uuid4()}")
+            ours.write_text(str(uuid.uuid4()))
+            with contextlib.suppress(FileExistsError):  # another rank was first
+                os.link(ours, place)
+            ours.unlink()
+        return place.read_text()
+
+    @functools.cached_property
+    def nodes(self) -> list[str]:
+        """`node` of every rank. Every rank asks for it at the same place."""
+        return collectives.gather_objects(self.node) if self.world_size > 1 else [""]
+
+    @property
+    def shares_run_dir(self) -> bool:
+        """Whether all ranks see the same run folder."""
+        return len(set(self.nodes)) == 1
+
+    @property
+    def first_of_node(self) -> bool:
+        """Whether this is the lowest rank of those that see the same run folder."""
+        return self.nodes.index(self.nodes[self.rank]) == self.rank
+
+    @contextlib.contextmanager
+    def one_writer(self, folder: Path) -> Iterator[None]:
+        """Hold the lock of a folder in the run folder, made where it is not there, on every node. Every rank calls it.
+
+        Nodes come in the same order in every run, so that no two runs wait for each other.
+        """
+        with contextlib.ExitStack() as locks:
+            for node in sorted(set(self.nodes)):
+                if self.first_of_node and self.nodes[self.rank] == node:
+                    atomic.make_folder(folder)
+                    locks.enter_context(atomic.locked(folder))
+                if not self.shares_run_dir:
+                    collectives.barrier()
+            yield
 
     def commit(self, write: Callable[[], Path], metrics: Mapping[str, float]) -> None:
         """Write a checkpoint in the background; `write` returns its folder. Every rank calls it, rank 0 writes.

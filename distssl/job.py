@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from distssl import atomic, checkpoint, config, method, plan, train
+from distssl import atomic, checkpoint, collectives, config, method, mirror, mirrored, plan, train
 from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
 from distssl.data.shards import Dataset
-from distssl.downstream import evaluate, fit, labels, rows
+from distssl.downstream import evaluate, fit, labels, pictures, rows
 from distssl.errors import ConfigError
+from distssl.mirror import Mirror
+from distssl.remote import Remote
 
 CONFIG = "config.yaml"
 
@@ -65,12 +67,24 @@ def _check_labels(run: Run, ready: Folders) -> None:
 
 
 def _refuse_another(run: Run) -> None:
-    path = run.run_dir / CONFIG
+    where = run.run_url or run.run_dir
     with _storage_named(run):
-        differs = config.differences(config.parse(path.read_text()), run) if path.exists() else []
+        there = _config_there(run)
+    differs = config.differences(config.parse(there), run) if there is not None else []
     if differs:
-        mistakes = (f"{run.run_dir} holds another run: {line}" for line in differs)
+        mistakes = (f"{where} holds another run: {line}" for line in differs)
         raise ConfigError(*mistakes, "say name=ANOTHER to start a new run beside it")
+
+
+def _config_there(run: Run) -> str | None:
+    """The config that the run folder has. With a URL: also that it can be used, now and not after hours."""
+    if run.run_url is None:
+        path = run.run_dir / CONFIG
+        return path.read_text() if path.exists() else None
+    there = Remote(run.run_url)
+    found = there.read(CONFIG)
+    there.check()
+    return None if found is None else found.decode()
 
 
 def _claim(run: Run) -> None:
@@ -80,6 +94,8 @@ def _claim(run: Run) -> None:
         with atomic.replacing(run.run_dir / CONFIG) as file:
             file.write_text(config.dump(run))
         stop_file(run.run_dir).unlink(missing_ok=True)
+    if run.run_url:
+        Remote(run.run_url).put(CONFIG, run.run_dir / CONFIG)
 
 
 @contextmanager
@@ -112,6 +128,30 @@ def folders(run: Run, tasks: Sequence[str] | None = None) -> Folders:
 
 def pretrain(run: Run, context: Context, data: Folders) -> bool:
     """Train from where the run folder is, then evaluate; False where somebody asked to stop before the end."""
+    with _mirrored(run, context):
+        return _pretrain(run, context, data)
+
+
+@contextmanager
+def _mirrored(run: Run, context: Context) -> Iterator[None]:
+    """Work on a copy of a run folder that lies at a URL: as it is there, and what comes to it put there by rank 0."""
+    if run.run_url is None:
+        yield
+        return
+    context.mirror = remote = Mirror(context.run_dir, run.run_url)
+    collectives.together(lambda: _take(remote) if context.rank == 0 else None)
+    with remote.pushing() if context.rank == 0 else nullcontext():
+        yield
+        context.wait()  # for the last checkpoint, after which nothing changes
+
+
+def _take(remote: Mirror) -> None:
+    """The records as they are at the URL: an earlier start on this node may have been of another run."""
+    for folder in mirror.RECORDS:
+        remote.pull(folder, exactly=True)
+
+
+def _pretrain(run: Run, context: Context, data: Folders) -> bool:
     judge = _judge(run, context, data)
     online = judge.online if judge and labels.has(judge.train, labels.LABEL) else None
     labelled = Dataset.open(data.labelled) if data.labelled else None
@@ -142,12 +182,13 @@ def evaluate_run(run: Run, context: Context, tasks: Sequence[str] | None) -> Non
 
     Raises ConfigError without labels, or without a checkpoint where the pretrained backbone is one of them.
     """
+    _open_mirror(run, context)
     judge = _judge(run, context, folders(run, tasks or config.TASKS))
     if judge is None:
         raise ConfigError(f"eval.source: {run.data.source} has no labels; say eval.source=LABELLED_IMAGES")
     backbones = run.eval.backbones or rows.BACKBONES
     if "pretrained" in backbones:
-        judge.trained = trained(run, context.run_dir)
+        judge.trained = _newest(run, context)
     for task in tasks or ():
         judge.labelled(evaluate.kind(task))
     _score(judge, context, tasks or judge.possible(), backbones)
@@ -163,12 +204,24 @@ def evaluate_once(
     every: int | None = None,
 ) -> dict[str, float]:
     """The metrics of one backbone of a run on one task with so many labels, as `evaluate_run` finds them at seed 0."""
+    _open_mirror(run, context)
     judge = _judge(run, context, folders(run, [task]))
     if judge is None:
         raise ConfigError(f"eval.source: {run.data.source} has no labels; say eval.source=LABELLED_IMAGES")
     if backbone == "pretrained":
-        judge.trained = trained(run, context.run_dir)
+        judge.trained = _newest(run, context)
     return judge.figure(task, backbone, labels, 0, report, every)
+
+
+def _open_mirror(run: Run, context: Context) -> None:
+    """For a run that is only looked at: its files are taken and put as they are needed."""
+    if run.run_url:
+        context.mirror = Mirror(context.run_dir, run.run_url)
+
+
+def _newest(run: Run, context: Context) -> method.Method:
+    """The method as the run's newest checkpoint has it, the same on every rank. Every rank calls it."""
+    return _restored(run, run.run_url or context.run_dir, mirrored.newest(context, context.run_dir))
 
 
 def trained(run: Run, run_dir: Path) -> method.Method:
@@ -179,15 +232,21 @@ def trained(run: Run, run_dir: Path) -> method.Method:
 def restored(run: Run, run_dir: Path) -> tuple[method.Method, dict[str, Any]]:
     """`trained`, and the checkpoint's state."""
     state = checkpoint.newest(run_dir)
+    built = _restored(run, run_dir, state)
+    assert state is not None
+    return built, state
+
+
+def _restored(run: Run, where: Path | str, state: dict[str, Any] | None) -> method.Method:
     if state is None:
-        raise ConfigError(f"{run_dir}: no checkpoint yet")
+        raise ConfigError(f"{where}: no checkpoint yet")
     changed = config.differences(config.parse(state["config"]), run)
     wrong = [line for line in changed if line.startswith(("model.", "method."))]
     if wrong:
-        raise ConfigError(*(f"{run_dir}: {line}; the checkpoint's is right" for line in wrong))
+        raise ConfigError(*(f"{where}: {line}; the checkpoint's is right" for line in wrong))
     built = method.build(run)
     built.load_state_dict(state["model"])
-    return built, state
+    return built
 
 
 def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | None:
@@ -201,4 +260,16 @@ def _score(judge: evaluate.Evaluation, context: Context, tasks: Sequence[str], b
     """Rows into summary.json as they are there."""
     for found in judge.rows(tasks, backbones):
         if context.rank == 0:
-            rows.write_summary(context.run_dir, found)
+            _keep_rows(context, found)
+
+
+def _keep_rows(context: Context, found: Sequence[rows.Row]) -> None:
+    remote = context.mirror
+    if remote is None:
+        rows.write_summary(context.run_dir, found)
+        return
+    with remote.lock:
+        remote.pull_file(rows.SUMMARY)  # to which others may have added
+        rows.write_summary(context.run_dir, found)
+        remote.put(rows.SUMMARY)
+        remote.push(pictures.FOLDER)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from distssl import checkpoint, collectives, config, epoch_start, method, monitor, plan, streams, window
+from distssl import checkpoint, collectives, config, epoch_start, method, mirrored, monitor, plan, streams, window
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import quarantine
@@ -71,7 +71,7 @@ class Training:
         self.step = 0  # optimiser steps done
         self.metrics: dict[str, float] = {}  # the latest of each
         self.news: dict[str, float] = {}  # of the epoch's start; logged after its first step
-        self._resume(checkpoint.newest(context.run_dir))
+        self._resume(mirrored.newest(context, context.run_dir))
         self.model: torch.nn.Module = self.method
         if context.world_size > 1:
             # BatchNorm's statistics are global already, so there are no buffers to broadcast.
@@ -195,7 +195,7 @@ class Training:
             if self.monitor:
                 self.monitor.log(step, metrics)
                 self.context.record(metrics)
-                checkpoint.add_metrics(self.context.run_dir, step, metrics)
+                mirrored.add_metrics(self.context.run_dir, step, metrics, self.context.mirror)
 
     def _log(self) -> bool:
         """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
@@ -258,7 +258,8 @@ class Training:
         metrics = dict(self.metrics)
         state = self._state() if self.context.rank == 0 else {}
         keep = self.cfg.checkpoint.keep_last, self.cfg.checkpoint.keep_best, self.context.pending()
-        write = functools.partial(checkpoint.commit, self.context.run_dir, self.step, state, metrics, *keep)
+        place = self.context.mirror
+        write = functools.partial(mirrored.commit, self.context.run_dir, self.step, state, metrics, *keep, place)
         self.context.commit(write, metrics)
 
     def _state(self) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_reading_runs_no_code_of_the_file(tmp_path: Path) -> None:
     torch.save({"step": Planted(tmp_path / "planted")}, path / checkpoint.STATE)
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     manifest |= {"bytes": (path / checkpoint.STATE).stat().st_size}
-    manifest |= {"sha256": checkpoint._sha256(path / checkpoint.STATE)}
+    manifest |= {"sha256": checkpoint.sha256(path / checkpoint.STATE)}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="cannot be read") as raised:
         checkpoint.read(path)

@@ -19,6 +19,8 @@ CONFIGS = [ROOT / "configs/default.yaml", *sorted((ROOT / "configs/pretrain").gl
 LEVELS = [
     ["errors"],
     ["atomic", "settings"],
+    ["remote"],
+    ["mirror"],
     ["config"],
     ["collectives"],
     ["context"],
@@ -26,6 +28,7 @@ LEVELS = [
     ["nn"],
     ["methods", "method"],
     ["plan", "window", "monitor", "checkpoint"],
+    ["mirrored"],
     ["streams"],
     ["downstream"],
     ["epoch_start"],

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distssl import atomic, collectives, config, method
+from distssl import collectives, config, method
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
@@ -187,8 +187,8 @@ class Evaluation:
     ) -> dict[str, float]:
         """From the job's folder where it was done before."""
         job, recipe, data = self._job(task, name, how_many, seed)
-        with atomic.one_writer(job.folder, self.context.rank):
-            found = fit.result(job.folder)
+        with self.context.one_writer(job.folder):
+            found = fit.result(job.folder, self.context)
             if found is None:
                 fitting = self._fitting(task, name, job, recipe, data)
                 fitting.run(report, every)
@@ -203,7 +203,7 @@ class Evaluation:
     def _supervised(self) -> Backbone:
         """The network trained on all labels, of which the checkpoint is kept."""
         job, recipe, data = self._job("finetune", "supervised", None, 0)
-        with atomic.one_writer(job.folder, self.context.rank):
+        with self.context.one_writer(job.folder):
             fitting = self._fitting("finetune", "supervised", job, recipe, data)
             fitting.run()
         return fitting.network.backbone

@@ -1,8 +1,9 @@
 """Features of a dataset's labelled images by a frozen backbone, through the same shards and DALI graphs as training.
 
 No rank holds all of them: each embeds its share, in batches that are the same at any number of ranks, and writes its
-rows into one file in the run folder, which all of them read by blocks. The file is named by what it is a function of
-(parameters, dataset, ids, crop), so it is made once.
+rows into one file in the run folder, which all of them read by blocks. Ranks that do not see the same run folder have a
+file on each node, and give the others their rows. The file is named by what it is a function of (parameters, dataset,
+ids, crop), so it is made once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from distssl.data.quarantine import Quarantine
 from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
-from distssl.nn import precision
+from distssl.nn import per_sample, precision
 from distssl.nn.backbones import Backbone
 
 Embed = Callable[[Tensor], Tensor]  # images [n, 3, S, S] -> [n, D]
@@ -116,8 +117,8 @@ def extract(
     if cache is None:
         return _in_memory(backbone, dataset, ids, how, context)
     folder = cache / _fingerprint(backbone, dataset, ids, how)
-    with atomic.one_writer(folder, context.rank):
-        if not collectives.broadcast_object((folder / META).exists()):
+    with context.one_writer(folder):
+        if not all(collectives.gather_objects((folder / META).exists())):
             _write(backbone, dataset, ids, how, context, folder)
     done = np.array(json.loads((folder / META).read_text())["ids"], np.int64)
     if not len(done):
@@ -141,8 +142,10 @@ def _write(
 ) -> None:
     """Each rank its rows; features.json is written last."""
     shape = len(ids), backbone.num_features
-    if context.rank == 0:
+    if context.first_of_node:
         atomic.require_free(folder, shape[0] * shape[1] * 4)
+        for name in (META, ROWS):  # of a node that has what another lacks; whoever reads them goes on reading those
+            (folder / name).unlink(missing_ok=True)
         np.lib.format.open_memmap(folder / ROWS, "w+", np.float32, shape)
     collectives.barrier()
     x = np.lib.format.open_memmap(folder / ROWS, "r+")
@@ -150,12 +153,27 @@ def _write(
     for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
         done.append(batch["id"].cpu().numpy())
         x[np.searchsorted(ids, done[-1])] = features.float().cpu().numpy()
+    mine = np.concatenate(done)
+    if not context.shares_run_dir:
+        _exchange(x, np.searchsorted(ids, mine), context)
     x.flush()
-    usable = np.concatenate(collectives.gather_objects(np.concatenate(done)))
-    if context.rank == 0:
+    usable = np.concatenate(collectives.gather_objects(mine))
+    if context.first_of_node:
         with atomic.replacing(folder / META) as file:
             file.write_text(json.dumps({"ids": usable.tolist()}))
     collectives.barrier()
+
+
+def _exchange(x: np.ndarray, mine: np.ndarray, context: Context) -> None:
+    """Give the rows of `x` at `mine` (int64 [n]) to the files of the other nodes, BLOCK rows of all ranks at a time."""
+    size = max(1, BLOCK // context.world_size)
+    longest = max(collectives.gather_objects(len(mine)))
+    for first in range(0, longest, size):
+        at = mine[first : first + size]
+        rows = per_sample.of_all(torch.from_numpy(x[at]).to(context.device)).cpu().numpy()
+        where = per_sample.of_all(torch.from_numpy(at).to(context.device)).cpu().numpy()
+        if context.first_of_node:
+            x[where] = rows
 
 
 def _free_memory() -> int:

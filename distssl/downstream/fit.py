@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distssl import atomic, checkpoint, collectives, monitor
+from distssl import atomic, collectives, mirrored, monitor
 from distssl.context import Context
 from distssl.data.loader import Loader
 from distssl.data.order import Order
@@ -71,7 +71,7 @@ class Fitting:
             self.network, rate=network.rate, name="adamw", lr=self.recipe.lr, weight_decay=self.recipe.weight_decay
         )
         self.step = 0
-        state = checkpoint.newest(job.folder)
+        state = mirrored.newest(context, job.folder)
         if state is not None:
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -193,14 +193,15 @@ class Fitting:
     def _checkpoint(self) -> None:
         if self.context.rank == 0:
             state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-            checkpoint.write(self.job.folder, self.step, state, {})
-            checkpoint.prune(self.job.folder, keep_last=1, keep_best=None)
+            mirrored.commit(self.job.folder, self.step, state, {}, 1, None, (), self.context.mirror)
         collectives.barrier()
 
 
-def result(folder: Path) -> dict[str, float] | None:
+def result(folder: Path, context: Context) -> dict[str, float] | None:
     """The metrics of a finished job, None where it is not. Every rank calls it and gets them."""
-    path = folder / RESULT
+    path, mirror = folder / RESULT, context.mirror
+    if mirror:
+        collectives.together(lambda: mirror.pull(mirror.name(folder)) if context.rank == 0 else None)
     return collectives.broadcast_object(json.loads(path.read_text()) if path.exists() else None)
 
 
@@ -216,6 +217,8 @@ def finish(folder: Path, metrics: dict[str, float], context: Context) -> None:
     if context.rank == 0:
         with atomic.replacing(folder / RESULT) as file:
             file.write_text(json.dumps(metrics, indent=1) + "\n")
+        if context.mirror:
+            context.mirror.push(context.mirror.name(folder))
     collectives.barrier()
 
 
