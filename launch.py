@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Annotated, NoReturn
 
 import typer
+import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
-from distssl import atomic, config, report
+from distssl import atomic, config, report, settings
 from distssl.config import Run
 from distssl.errors import ConfigError, RunError
 
@@ -65,15 +66,22 @@ def evaluate(
     run: RunFolder,
     task: Annotated[str, typer.Option("--task", help=f"{', '.join(config.TASKS)}; all: what labels allow.")] = "all",
     overrides: Overrides = None,
+    cluster: ClusterFile = None,
+    address: Address = None,
+    detach: Detach = False,
 ) -> None:
     """Evaluate a run's newest checkpoint, the same backbone untrained, and one trained on the labels alone."""
     from distssl import job
-    from distssl.on_ray import here
 
     tasks = None if task == "all" else task.split(",")
     for name in tasks or ():
         if name not in config.TASKS:
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
+    if cluster or address:
+        command = ["evaluate", str(run), "--task", task, *(overrides or [])]
+        _on_cluster(f"evaluate-{run.name}", command, {}, cluster, address, detach)
+    from distssl.on_ray import here
+
     loaded = _run_of(run, overrides or [])
     with here.one_of_the_ranks(run.resolve(), lambda: job.folders(loaded, tasks or config.TASKS)) as ours:
         job.evaluate_run(loaded, ours, tasks)
@@ -93,8 +101,15 @@ def _run_of(folder: Path, overrides: list[str]) -> Run:
 def sweep(
     config_file: Annotated[Path, typer.Option("--config", help="A YAML file as those in configs/sweep.")],
     overrides: Overrides = None,
+    cluster: ClusterFile = None,
+    address: Address = None,
+    detach: Detach = False,
 ) -> None:
     """Search hyperparameters, labels and backbones of a downstream task. Run again after a stop, it goes on."""
+    if cluster or address:
+        command = ["sweep", "--config", "job.yaml", *(overrides or [])]
+        files = {"job.yaml": yaml.safe_dump(settings.read(config_file, overrides or []))}
+        _on_cluster(f"sweep-{config_file.stem}", command, files, cluster, address, detach)
     from distssl import sweep as sweeps
     from distssl.on_ray import sweep as on_ray
 
@@ -177,17 +192,30 @@ def index(
 def verify(
     methods: Annotated[str, typer.Option("--methods", help="Comma-separated; all by default.")] = "",
     world_sizes: Annotated[str, typer.Option("--world-sizes", help="Numbers of workers, comma-separated.")] = "1,2,4",
+    cluster: ClusterFile = None,
+    address: Address = None,
 ) -> None:
     """Certify that views, losses, gradients and parameters are the same at any number of workers."""
     import tempfile
 
+    if cluster or address:
+        command = ["verify", "--methods", methods, "--world-sizes", world_sizes]
+        _on_cluster("verify", command, {}, cluster, address, False)
     from distssl import method
     from distssl import verify as certificate
+    from distssl.on_ray import place
 
+    elsewhere = None
+    if place.on_cluster():
+        from distssl.on_ray import verify as on_ray
+
+        elsewhere = on_ray.elsewhere
     names = [method.find(name).__module__.rpartition(".")[2] for name in methods.split(",") if name] or method.names()
     cases = [certificate.Case(name, accumulate) for name in names for accumulate in (1, 2)]
     with tempfile.TemporaryDirectory(prefix="distssl-verify-") as folder:
-        verdicts = list(certificate.certify(cases, _whole_numbers("--world-sizes", world_sizes), Path(folder)))
+        verdicts = list(
+            certificate.certify(cases, _whole_numbers("--world-sizes", world_sizes), Path(folder), elsewhere)
+        )
     report.show_verdicts(verdicts, console)
     if not all(verdict.holds for verdict in verdicts):
         raise RunError("a method does not take the same steps at every number of workers")
@@ -236,6 +264,13 @@ def _cluster_commands() -> ModuleType:
     from distssl.on_ray import commands
 
     return commands
+
+
+def _on_cluster(
+    name: str, command: list[str], files: dict[str, str], cluster: Path | None, address: str | None, detach: bool
+) -> NoReturn:
+    commands = _cluster_commands()
+    raise typer.Exit(commands.other(name, command, files, commands.Target(cluster, address, detach), console))
 
 
 def _speak(command: str, *job: str | None, cluster: Path | None, address: str | None) -> NoReturn:

@@ -120,7 +120,7 @@ class Context:
         """The steps of evaluations that have not ended."""
         return set()
 
-    def record(self, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show metrics outside the run folder, where there is such a place (Ray's gauges)."""
 
     def stop_requested(self) -> bool:

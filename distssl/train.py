@@ -194,7 +194,7 @@ class Training:
         for step, metrics in self.context.evaluated(wait):
             if self.monitor:
                 self.monitor.log(step, metrics)
-                self.context.record(metrics)
+                self.context.record(step, metrics)
                 mirrored.add_metrics(self.context.run_dir, step, metrics, self.context.mirror)
 
     def _log(self) -> bool:
@@ -241,7 +241,7 @@ class Training:
         self.metrics |= metrics
         if self.monitor:
             self.monitor.log(self.step, metrics)
-        self.context.record(metrics)
+        self.context.record(self.step, metrics)
 
     def _share_quarantine(self, fresh: list[quarantine.Entry]) -> None:
         """Tell every rank of the others' bad samples. Raises RunError on all where they are too many."""

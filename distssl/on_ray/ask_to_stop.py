@@ -1,4 +1,4 @@
-"""On a cluster: ask the run that is being trained under a name to save a checkpoint and stop."""
+"""On a cluster: ask the job of a name to save a checkpoint and stop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import ray
 from distssl.on_ray import desk, place
 
 
-def main(run_name: str) -> None:
+def main(name: str) -> None:
     place.start()
-    found = desk.find(run_name)
+    found = desk.find(name)
     if found is not None:
         ray.get(found.ask_to_stop.remote())
 

@@ -5,7 +5,6 @@ The run folder cannot serve for this: on a cluster each host has its own copy.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import ray
@@ -95,7 +94,3 @@ def result(outcomes: list[dict[str, Any]]) -> bool:
     if not outcomes:
         raise RunError("the workers ended without a word; the lines above say why")
     return outcomes[0]["finished"]
-
-
-def encode(record: dict[str, Any]) -> str:
-    return json.dumps(record)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +18,35 @@ from ray import train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from distssl import job
+from distssl import job, monitor
 from distssl.config import Run
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import desk, place
 from distssl.on_ray.gauges import Gauges
 from distssl.on_ray.network import BoundTorchConfig
+from distssl.remote import Remote
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[Run, Context, job.Folders], bool]  # whether it is finished
 
 MOST_FAILURES = 5  # of workers in one run; preemptions are not counted by Ray
+NOTED_EVERY_S = 1.0
 GRACE_S = 10  # between the first worker that tells of a mistake and the last, where all of them met it
 
 
 class RayContext(Context):
     """A worker of a Ray Train run; Ray has set up the process group."""
 
-    def __init__(self, run: Run, the_desk: Any) -> None:
+    def __init__(self, run: Run, the_desk: Any, home: str) -> None:
         super().__init__(run.run_dir)
         self._desk = the_desk
+        # Where the driver sees the run folder, it needs no telling.
+        self._told = run.run_url is not None and home != ray.get_runtime_context().get_node_id()
         self._eval_cpus = run.machine.eval_cpus
         self._saved = False  # since a node of the workers began to drain
+        self._storage = train.get_context().get_storage()
         self._evaluations: dict[Any, int] = {}  # what Ray will give -> the step it is of
         self._gauges = Gauges(run.run_name, run.method.name)
 
@@ -57,10 +65,15 @@ class RayContext(Context):
 
     def _written(self, write: Callable[[], Path]) -> train.Checkpoint:
         try:
-            return train.Checkpoint(str(write()))
+            path = write()
         except ConfigError as error:
             _tell(self._desk, self.rank, error)
             raise
+        if self.mirror is None:
+            return train.Checkpoint(str(path))
+        assert self._storage
+        there = f"{self._storage.experiment_fs_path}/{self.mirror.name(path)}"
+        return train.Checkpoint(there, self._storage.storage_filesystem)
 
     def stop_requested(self) -> bool:
         return super().stop_requested() or ray.get(self._desk.stop_asked.remote())
@@ -89,13 +102,11 @@ class RayContext(Context):
     def pending(self) -> set[int]:
         return set(self._evaluations.values())
 
-    def record(self, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         if self.rank == 0:
             self._gauges.record(metrics)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._gauges.close()
-        super().__exit__(*exc_info)
+            if self._told:
+                self._desk.note.remote(json.dumps({"step": step, **metrics}))
 
 
 def _evaluate(evaluate: Callable[[], dict[str, float]], threads: int) -> dict[str, float]:
@@ -112,7 +123,7 @@ def _work(given: dict[str, Any]) -> None:
     the_desk = given["desk"]
     if any("finished" not in outcome for outcome in ray.get(the_desk.outcomes.remote())):
         return
-    with RayContext(run, the_desk) as context:
+    with RayContext(run, the_desk, given["home"]) as context:
         try:
             finished = given["work"](run, context, given["folders"] or job.folders(run))
         except (ConfigError, RunError) as error:
@@ -145,16 +156,16 @@ class _Trainer(TorchTrainer):
         """Ray's own would abort the run where ours asks it to save and stop."""
 
 
-def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain, verb: str = "pretrain") -> bool:
+def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain, name: str | None = None) -> bool:
     """Run a job on a Ray started for it, or on the cluster whose head this is; False where somebody asked to stop.
 
-    work: what each worker does, module-level. verb: names it beside other jobs of the run.
+    work: what each worker does, module-level. name: of the job among others of the cluster; null: the run's.
     Raises ConfigError or RunError as the workers did, and RunError where they kept dying.
     """
     share = place.start(workers, run.machine.eval_cpus or 0).share
     try:
-        _forget(run.run_dir)
-        the_desk = desk.open_for(f"{verb}-{run.run_name}")
+        _forget(run)
+        the_desk = desk.open_for(name or run.run_name)
         trainer = _Trainer(
             _work,
             # On a cluster each host makes its own of what it reads.
@@ -162,6 +173,7 @@ def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain,
                 "run": run,
                 "work": work,
                 "desk": the_desk,
+                "home": ray.get_runtime_context().get_node_id(),
                 "folders": None if place.on_cluster() else folders,
             },
             scaling_config=train.ScalingConfig(
@@ -177,7 +189,8 @@ def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain,
         )
         outcomes: list[dict[str, Any]] = []
         try:
-            trainer.fit()
+            with _noting(the_desk, run):
+                trainer.fit()
             outcomes = ray.get(the_desk.outcomes.remote())
         except TrainingFailedError as error:
             outcomes = ray.get(the_desk.outcomes.remote())
@@ -187,14 +200,40 @@ def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain,
                 ) from error
     finally:
         ray.shutdown()
-        _forget(run.run_dir)
+        _forget(run)
     return desk.result(outcomes)
 
 
-def _forget(run_dir: Path) -> None:
+@contextlib.contextmanager
+def _noting(the_desk: Any, run: Run) -> Iterator[None]:
+    """Write the metrics that workers elsewhere tell of into the driver's copy of the run folder."""
+    done = threading.Event()
+
+    def write() -> None:
+        last = False
+        while not last:
+            last = done.wait(NOTED_EVERY_S)
+            with open(run.run_dir / monitor.METRICS, "a") as file:
+                file.writelines(f"{line}\n" for line in ray.get(the_desk.take.remote()))
+
+    thread = threading.Thread(target=write, daemon=True)
+    if run.run_url is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def _forget(run: Run) -> None:
     """Remove what Ray notes of checkpoints: the run itself knows which there are."""
-    for name in ("checkpoint_manager_snapshot.json", ".validate_storage_marker"):
-        (run_dir / name).unlink(missing_ok=True)
+    names = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
+    if run.run_url is not None:
+        Remote(run.run_url).remove(*names)
+    for name in names:
+        (run.run_dir / name).unlink(missing_ok=True)
 
 
 def last_line(error: BaseException) -> str:

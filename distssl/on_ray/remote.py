@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LET_GO = 130  # the exit code of a command whose job goes on
 STOP_S = 300  # for the checkpoint of a run that is asked to stop
+PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200"}  # hosts have to be found, started and set up first
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")  # no keys: hosts have roles of their own
 
 
@@ -134,7 +135,7 @@ class Cluster:
             if (job.metadata or {}).get("name") == errand.name:
                 self.say(f"job {job.submission_id} is doing that already")
                 return str(job.submission_id)
-        environment = {**place.ENVIRONMENT, place.CLUSTER: self.name}
+        environment = {**place.ENVIRONMENT, **PATIENCE, place.CLUSTER: self.name}
         environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         if self.file:
             environment |= self.file.options.environment

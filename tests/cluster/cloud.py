@@ -45,7 +45,6 @@ class Cloud:
         self.home = folder / "home"
         self.boots: Callable[[dict[str, Any]], bool] = lambda instance: True  # whether one that is started comes up
         self.log: list[str] = []
-        self._notices: dict[str, str] = {}  # address -> when its instance ends
         self._stop = threading.Event()
 
     def __enter__(self) -> Cloud:
@@ -61,7 +60,7 @@ class Cloud:
                 stdout=log,
                 stderr=log,
             )
-        self._metadata = http.server.ThreadingHTTPServer(("169.254.169.254", 80), _metadata_of(self._notices))
+        self._metadata = Metadata()
         threading.Thread(target=self._metadata.serve_forever, daemon=True).start()
         self._seed()
         self._thread = threading.Thread(target=self._hypervise, daemon=True)
@@ -101,7 +100,7 @@ class Cloud:
     def give_notice(self, instance: dict[str, Any]) -> None:
         """Tell a spot instance that it ends, and end it when it is time."""
         ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=SPOT_S)
-        self._notices[instance["PrivateIpAddress"]] = ends.strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._metadata.notices[instance["PrivateIpAddress"]] = ends.strftime("%Y-%m-%dT%H:%M:%SZ")
 
         def end() -> None:
             with self.network.inside():
@@ -155,41 +154,58 @@ class Cloud:
     def _boot(self, one: dict[str, Any]) -> hosts.Host:
         self._note("on", one)
         keys = self.client("ec2").describe_key_pairs(KeyNames=[one["KeyName"]], IncludePublicKey=True)["KeyPairs"]
-        return self.network.host(one["InstanceId"], one["PrivateIpAddress"], keys[0]["PublicKey"])
+        self._metadata.roles[one["PrivateIpAddress"]] = one["IamInstanceProfile"]["Arn"].rpartition("/")[2]
+        where = {"AWS_ENDPOINT_URL": ENDPOINT, "AWS_DEFAULT_REGION": REGION}
+        return self.network.host(one["InstanceId"], one["PrivateIpAddress"], keys[0]["PublicKey"], **where)
 
     def _note(self, what: str, one: dict[str, Any]) -> None:
         kind = one.get("InstanceLifecycle", "on demand")
         self.log.append(f"{time.strftime('%H:%M:%S')} {what} {one['InstanceId']} {one['InstanceType']} {kind}")
 
 
-def _metadata_of(notices: dict[str, str]) -> type[http.server.BaseHTTPRequestHandler]:
-    """The metadata service, version 2, for hosts known by their address."""
+class Metadata(http.server.ThreadingHTTPServer):
+    """The metadata service, version 2: keys of an instance's role, and its notice. Hosts are known by their address."""
 
-    class Metadata(http.server.BaseHTTPRequestHandler):
-        def do_PUT(self) -> None:
-            wanted = self.path == "/latest/api/token" and self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
-            self._answer(200, "token") if wanted else self._answer(400, "")
+    def __init__(self) -> None:
+        super().__init__(("169.254.169.254", 80), _Answers)
+        self.roles: dict[str, str] = {}
+        self.notices: dict[str, str] = {}  # when an instance ends
 
-        def do_GET(self) -> None:
-            ends = notices.get(self.client_address[0])
-            if self.headers.get("X-aws-ec2-metadata-token") != "token":
-                self._answer(401, "")
-            elif self.path == "/latest/meta-data/spot/instance-action" and ends:
-                self._answer(200, json.dumps({"action": "terminate", "time": ends}))
-            else:
-                self._answer(404, "")
+    def answer(self, path: str, address: str) -> str | None:
+        role, ends = self.roles.get(address), self.notices.get(address)
+        if path == "/latest/meta-data/spot/instance-action" and ends:
+            return json.dumps({"action": "terminate", "time": ends})
+        if path == "/latest/meta-data/iam/security-credentials/" and role:
+            return role
+        if path == f"/latest/meta-data/iam/security-credentials/{role}":
+            keys = {"AccessKeyId": "testing", "SecretAccessKey": "testing", "Token": "testing"}
+            return json.dumps({**keys, "Code": "Success", "Expiration": "2099-01-01T00:00:00Z"})
+        return None
 
-        def _answer(self, code: int, text: str) -> None:
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            with contextlib.suppress(BrokenPipeError):  # who asked may have gone
-                self.wfile.write(text.encode())
 
-        def log_message(self, format: str, *arguments: object) -> None:
-            """It says nothing."""
+class _Answers(http.server.BaseHTTPRequestHandler):
+    server: Metadata
 
-    return Metadata
+    def do_PUT(self) -> None:
+        is_right = self.path == "/latest/api/token" and self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
+        self._send(200 if is_right else 400, "token" if is_right else "")
+
+    def do_GET(self) -> None:
+        if self.headers.get("X-aws-ec2-metadata-token") != "token":
+            self._send(401, "")
+            return
+        found = self.server.answer(self.path, self.client_address[0])
+        self._send(404 if found is None else 200, found or "")
+
+    def _send(self, code: int, text: str) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):  # who asked may have gone
+            self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """It says nothing."""
 
 
 def _until(condition: Callable[[], bool], within_s: float) -> None:

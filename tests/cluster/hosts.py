@@ -78,10 +78,10 @@ class Network:
             finally:
                 _enter(before.fileno())
 
-    def host(self, name: str, address: str, public_key: str | None = None) -> Host:
-        """Power a host on. public_key: of who may enter; ours by default."""
+    def host(self, name: str, address: str, public_key: str | None = None, **environment: str) -> Host:
+        """Power a host on. public_key: of who may enter, ours by default; environment: of all who do."""
         host = Host(self, name, address)
-        host.power_on(public_key or self.key.with_suffix(".pub").read_text())
+        host.power_on(public_key or self.key.with_suffix(".pub").read_text(), environment)
         self.hosts[name] = host
         return host
 
@@ -93,14 +93,15 @@ class Host:
         self.folder = network.folder / "hosts" / name
         self.process: subprocess.Popen[bytes]
 
-    def power_on(self, public_key: str) -> None:
+    def power_on(self, public_key: str, environment: dict[str, str]) -> None:
         folder = self.folder
         for part in ("tmp", "root/.ssh"):
             (folder / part).mkdir(parents=True)
         (folder / "tmp").chmod(0o1777)
         (folder / "root").chmod(0o700)
         (folder / "root/.ssh/authorized_keys").write_text(public_key)
-        (folder / "root/.bashrc").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+        exports = {"PATH": f"{Path(sys.executable).parent}:$PATH", **environment}
+        (folder / "root/.bashrc").write_text("".join(f"export {name}={value}\n" for name, value in exports.items()))
         (folder / "root/.profile").write_text(". ~/.bashrc\n")
         shared = {sys.prefix, sys.base_prefix}
         init = INIT.format(name=self.name, folder=folder, shared=" ".join(shared), sshd=SSHD, key=self.network.host_key)
