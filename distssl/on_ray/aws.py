@@ -42,7 +42,7 @@ def check(file: ClusterFile) -> dict[str, dict[str, float]]:
                 mistakes.append(
                     f"{key}.IamInstanceProfile={profile}: not there; cluster/iam/README.md says how to make it"
                 )
-            resources[name] = dict(kind.get("resources") or {}) or _resources(found)
+            resources[name] = _resources(found) | (kind.get("resources") or {})  # as Ray does it
     mistakes += [f"{file.path}: {line}" for line in _rules_mistakes(file)]
     if mistakes:
         raise ConfigError(*mistakes)
@@ -158,7 +158,7 @@ def _has_profile(file: ClusterFile, name: str) -> bool:
 
 
 def _resources(found: list[dict[str, Any]]) -> dict[str, float]:
-    """As Ray will count them."""
+    """Of an instance type."""
     if not found:
         return {}
     gpus = sum(gpu["Count"] for gpu in found[0].get("GpuInfo", {}).get("Gpus", []))

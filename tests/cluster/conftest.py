@@ -1,0 +1,47 @@
+"""What the tests of clusters need of this machine, and clouds and networks that end with the test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import hosts
+from tests.cluster.cloud import Cloud
+from tests.cluster.user import User
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Skips where hosts cannot be made of namespaces."""
+    reason = hosts.missing() or hosts.install(["openssh-server", "openssh-client", "rsync", "iproute2"])
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that all hosts see at the same place: not below /tmp, of which each has its own."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="distssl-test-", dir="/var/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cloud(namespaces: None, shared: Path) -> Iterator[Cloud]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # boto3 leaves its connections to the collector
+        with Cloud(shared / "cloud") as made:
+            yield made
+
+
+@pytest.fixture
+def user(cloud: Cloud, shared: Path) -> Iterator[User]:
+    made = User(cloud.environment, shared)
+    yield made
+    made.close()
