@@ -176,8 +176,8 @@ def pack(
 
 @app.command()
 def index(
-    url: Annotated[str, typer.Argument(help="Folder of tars, a tar, a glob or a brace pattern.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the index; beside the tars by default.")] = None,
+    url: Annotated[str, typer.Argument(help="Folder of tars, a tar, a glob or a brace pattern; s3:// and the like.")],
+    out: Annotated[str | None, typer.Option(help="Place for the index; beside the tars by default.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Decode every image.")] = False,
 ) -> None:
     """Index WebDataset tars where they lie. Run again after a stop, it goes on."""
@@ -280,7 +280,7 @@ def _speak(command: str, *job: str | None, cluster: Path | None, address: str | 
     raise typer.Exit(getattr(commands, command)(*job, commands.Target(cluster, address), console))
 
 
-def _describe(folder: Path) -> None:
+def _describe(folder: Path | str) -> None:
     from distssl.data.shards import Dataset
 
     found = Dataset.open(folder)

@@ -137,6 +137,11 @@ class Machine(Section):
         default=None, description="kept, under Ray, for evaluations beside the training; null: it waits for them"
     )
     cache: Path = Field(default=Path("~/.cache/distssl"), validate_default=True)
+    cache_gb: float = Field(
+        default=50, gt=0, description="bound of the tars kept in cache, where shards are on an object store"
+    )
+    download_threads: PositiveInt = Field(default=4, description="that fetch such tars ahead of use, a worker")
+    retry_s: float = Field(default=120, gt=0, description="seconds a store may be away or overloaded")
     storage: str = Field(default="runs", validate_default=True, description="where run folders lie: a folder or a URL")
     ledger: bool = Field(default=False, description="write the sample ids of every step")
 

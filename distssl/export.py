@@ -97,7 +97,7 @@ def _is_torchvisions(run: Run) -> bool:
 
 def _images(run: Run, run_dir: Path) -> tuple[Dataset, Tensor]:
     """The pretraining data, and evaluation crops of some of its images, [N, 3, S, S]."""
-    dataset = Dataset.open(job.folders(run, []).data)
+    dataset = Dataset.open(job.folders(run, []).data, run.machine)
     ids = np.linspace(0, dataset.num_samples - 1, min(NUM_IMAGES, dataset.num_samples)).astype(np.int64)
     with Context(run_dir) as context:
         context.device = torch.device("cpu")  # the same proof on every machine

@@ -15,6 +15,7 @@ from distssl import atomic, checkpoint, collectives, config, method, mirror, mir
 from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
+from distssl.data.locations import Place
 from distssl.data.shards import Dataset
 from distssl.downstream import evaluate, fit, labels, pictures, rows
 from distssl.errors import ConfigError
@@ -28,10 +29,10 @@ CONFIG = "config.yaml"
 class Folders:
     """The packed or indexed datasets of a run; None where there are no labels, or no test set of their own."""
 
-    data: Path
-    labelled: Path | None  # for a method that learns from labels too
-    eval_train: Path | None
-    eval_test: Path | None
+    data: Place
+    labelled: Place | None  # for a method that learns from labels too
+    eval_train: Place | None
+    eval_test: Place | None
 
 
 def prepare(run: Run, world_size: int) -> Folders:
@@ -50,9 +51,9 @@ def prepare(run: Run, world_size: int) -> Folders:
         )
     ready = folders(run)
     _check_labels(run, ready)
-    plan.of_run(run, Dataset.open(ready.data), world_size)
+    plan.of_run(run, Dataset.open(ready.data, run.machine), world_size)
     if ready.labelled:
-        plan.of_labelled(run, Dataset.open(ready.labelled), world_size)
+        plan.of_labelled(run, Dataset.open(ready.labelled, run.machine), world_size)
     _claim(run)
     return ready
 
@@ -60,7 +61,8 @@ def prepare(run: Run, world_size: int) -> Folders:
 def _check_labels(run: Run, ready: Folders) -> None:
     """Labels must be right for each task, and those that the user names be there, before anything is trained."""
     if ready.eval_train:
-        train, test = Dataset.open(ready.eval_train), Dataset.open(ready.eval_test) if ready.eval_test else None
+        train = Dataset.open(ready.eval_train, run.machine)
+        test = Dataset.open(ready.eval_test, run.machine) if ready.eval_test else None
         for kind in {evaluate.kind(task) for task in run.eval.tasks}:
             if run.eval.source or labels.has(train, kind):
                 labels.find(train, test, kind, "")
@@ -111,18 +113,18 @@ def _storage_named(run: Run) -> Iterator[None]:
 def folders(run: Run, tasks: Sequence[str] | None = None) -> Folders:
     """Pack or index the sources that are not ready yet, of a run and the labels of tasks, by default the run's own."""
     tasks = run.eval.tasks if tasks is None else tasks
-    cache = run.machine.cache
-    data = shards.prepare(run.data.source, cache)
+    prepared = functools.partial(shards.prepare, cache_dir=run.machine.cache, retry_s=run.machine.retry_s)
+    data = prepared(run.data.source)
     labelled = None
     if method.find(run.method.name).learns_from_labels:
-        labelled = shards.prepare(run.data.labelled, cache, key="data.labelled") if run.data.labelled else data
+        labelled = prepared(run.data.labelled, key="data.labelled") if run.data.labelled else data
     if not tasks:
         return Folders(data, labelled, None, None)
-    eval_train = shards.prepare(run.eval.source, cache, key="eval.source") if run.eval.source else data
+    eval_train = prepared(run.eval.source, key="eval.source") if run.eval.source else data
     needed = {evaluate.kind(task) for task in tasks}
-    if not run.eval.source and not any(labels.has(Dataset.open(eval_train), kind) for kind in needed):
+    if not run.eval.source and not any(labels.has(Dataset.open(eval_train, run.machine), kind) for kind in needed):
         return Folders(data, labelled, None, None)
-    eval_test = shards.prepare(run.eval.test_source, cache, key="eval.test_source") if run.eval.test_source else None
+    eval_test = prepared(run.eval.test_source, key="eval.test_source") if run.eval.test_source else None
     return Folders(data, labelled, eval_train, eval_test)
 
 
@@ -154,9 +156,9 @@ def _take(remote: Mirror) -> None:
 def _pretrain(run: Run, context: Context, data: Folders) -> bool:
     judge = _judge(run, context, data)
     online = judge.online if judge and labels.has(judge.train, labels.LABEL) else None
-    labelled = Dataset.open(data.labelled) if data.labelled else None
+    labelled = Dataset.open(data.labelled, run.machine) if data.labelled else None
     elsewhere = functools.partial(_online, run, data) if online else None
-    training = train.Training(run, context, Dataset.open(data.data), online, labelled, elsewhere)
+    training = train.Training(run, context, Dataset.open(data.data, run.machine), online, labelled, elsewhere)
     if not training.run():
         return False
     if judge:
@@ -252,8 +254,8 @@ def _restored(run: Run, where: Path | str, state: dict[str, Any] | None) -> meth
 def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | None:
     if data.eval_train is None:
         return None
-    test = Dataset.open(data.eval_test) if data.eval_test else None
-    return evaluate.Evaluation(run, context, Dataset.open(data.eval_train), test)
+    test = Dataset.open(data.eval_test, run.machine) if data.eval_test else None
+    return evaluate.Evaluation(run, context, Dataset.open(data.eval_train, run.machine), test)
 
 
 def _score(judge: evaluate.Evaluation, context: Context, tasks: Sequence[str], backbones: Sequence[str]) -> None:

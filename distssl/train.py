@@ -202,6 +202,7 @@ class Training:
         seconds = self.window.seconds()
         norm = self.window.gradient_norm.item()
         figures = self.window.means() | {"data_wait": self.window.waited_s / seconds, "gradient_norm": norm}
+        figures |= self.dataset.take_figures()
         steps_per_s = self.window.num_batches / self.cfg.train.accumulate / seconds
         outputs, views = self.window.outputs, self.window.views
         self.window.reset()  # here, so that the time logging takes is counted too

@@ -41,10 +41,16 @@ LEVELS = [
     ["on_ray"],
 ]
 DATA = [
-    ["images", "store"],
+    ["images", "locations"],
+    ["transfer"],
+    ["tar_cache", "ranged", "expansion"],
+    ["fetching"],
+    ["remote"],
+    ["store"],
     ["probe", "digits", "catalogue", "annotations"],
     ["files"],
     ["sources", "tars"],
+    ["index_parts"],
     ["indexing"],
     ["dataset", "packing"],
     ["shards"],

@@ -15,13 +15,11 @@ import functools
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from distssl.data import images
-from distssl.data.store import LocalStore
+from distssl.data import images, store
 from distssl.errors import RunError
 
 KINDS = ("mask", "depth", "boxes", "keypoints")
@@ -33,10 +31,8 @@ _BITS = {"mask": 8, "depth": 16}
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}  # PNG's colour types
 
 
-class Indexed(Protocol):
+class Indexed(store.Sharded, Protocol):
     """What `read` needs of a Dataset, which is made of an index and so stands above this module."""
-
-    shard_paths: list[Path]
 
     def rows(self, ids: np.ndarray, kinds: Sequence[str]) -> Any: ...
 
@@ -46,12 +42,12 @@ def kind_of(name: str) -> str | None:
     return next((kind for kind in KINDS if name.lower().endswith(f".{MEMBERS[kind]}")), None)
 
 
-def problem(kind: str, data: bytes, height: int, width: int) -> str | None:
+def problem(kind: str, data: images.Encoded, height: int, width: int) -> str | None:
     """Why the bytes are no annotation of this kind for an image of so many pixels, upright; None where they are one."""
     if kind in _BITS:
         return _wrong_image(data, _BITS[kind], height, width)
     try:
-        found = json.loads(data)
+        found = json.loads(data[:])
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     if not isinstance(found, list):
@@ -75,20 +71,21 @@ def read(dataset: Indexed, ids: np.ndarray, kind: str) -> list[bytes | None]:
     """The annotations of int64 ids [N], in their order, None where there is none. Raises RunError for a cut shard."""
     rows = dataset.rows(ids, (kind,))
     offsets, sizes = rows.annotation_offset[kind].tolist(), rows.annotation_size[kind].tolist()
-    store = LocalStore(dataset.shard_paths)
+    opened = store.open_shards(dataset)
+    opened.expect(rows.shard.tolist())
     found: list[bytes | None] = []
     try:
         for shard, offset, size in zip(rows.shard.tolist(), offsets, sizes, strict=True):
             try:
-                found.append(store.read(shard, offset, size) if size else None)
+                found.append(opened.read(shard, offset, size) if size else None)
             except OSError as error:
                 raise RunError(f"{dataset.shard_paths[shard]}: cannot be read: {error}; index it again") from error
     finally:
-        store.close()
+        opened.close()
     return found
 
 
-def _wrong_image(data: bytes, bits: int, height: int, width: int) -> str | None:
+def _wrong_image(data: images.Encoded, bits: int, height: int, width: int) -> str | None:
     try:
         header = images.read_header(data)
     except images.ImageError as error:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distssl.data import annotations, indexing
+from distssl import atomic
+from distssl.config import Machine
+from distssl.data import annotations, fetching, indexing, locations, transfer
+from distssl.data.locations import Place
+from distssl.data.transfer import Tar
 from distssl.errors import ConfigError
 
 # Of row groups: 28 bytes a row, so about 9 million rows; 16 more for a kind of annotation that is asked for.
 CACHE_BYTES = 256 << 20
 NUMBERS = ("offset", "size", "height", "width", "label")
+INDEXES = 16  # copies of remote indexes kept
+AGAIN = "index it (again) with: python launch.py index URL"
 TYPES = {field.name: field.type.to_pandas_dtype() for field in indexing.COLUMNS}
 
 Names = tuple[str, ...]
@@ -45,20 +55,27 @@ class Rows:
 class Dataset:
     """Open one with `Dataset.open(folder)`. Threads may share it; it reads row groups when they are asked for.
 
-    `shard_first` int64 [S + 1]: the first id of each shard, and the number of samples at the end. `shard_paths` are
-    absolute; `shard_bytes` int64 [S] and `shard_sha256` are what a copy of a shard must have.
+    `folder` is a path or a URL. `shard_first` int64 [S + 1]: the first id of each shard, and the number of samples at
+    the end. `shard_paths` are absolute, or all of them URLs; `shard_bytes` int64 [S] and `shard_sha256` are what a copy
+    of a shard must have, where a sha256 is None the store's `shard_tags`. `traffic` counts what came from a store, None
+    where the shards are on this file system.
     """
 
-    def __init__(self, folder: Path, description: dict, file: pq.ParquetFile, cache_bytes: int) -> None:
+    def __init__(
+        self, folder: Place, description: dict, file: pq.ParquetFile, cache_bytes: int, machine: Machine
+    ) -> None:
         shards = description["shards"]
         self.folder = folder
+        self.machine = machine
         self.fingerprint: str = description["fingerprint"]
         self.classes: tuple[str, ...] = tuple(description["classes"])
         self.num_samples: int = description["samples"]
         self.num_labelled: int = description["labelled"]
         self.num_annotated: dict[str, int] = {kind: description["annotated"][kind] for kind in annotations.KINDS}
-        self.shard_paths: list[Path] = [folder / shard["path"] for shard in shards]
-        self.shard_sha256: tuple[str, ...] = tuple(shard["sha256"] for shard in shards)
+        self.shard_paths: list[Any] = [locations.join(folder, shard["path"]) for shard in shards]  # of Path or of str
+        self.shard_sha256: tuple[str | None, ...] = tuple(shard["sha256"] for shard in shards)
+        self.shard_tags: tuple[str | None, ...] = tuple(shard.get("etag") for shard in shards)
+        self.traffic = fetching.Traffic() if any(map(locations.is_url, self.shard_paths)) else None
         self.shard_bytes = np.array([shard["bytes"] for shard in shards], np.int64)
         self.shard_first = np.concatenate([[0], np.cumsum([shard["samples"] for shard in shards])]).astype(np.int64)
         self._file = file
@@ -68,26 +85,43 @@ class Dataset:
         self._cache: collections.OrderedDict[tuple[int, Names], list[np.ndarray]] = collections.OrderedDict()
 
     @classmethod
-    def open(cls, folder: Path | str, *, cache_bytes: int = CACHE_BYTES) -> Dataset:
-        """Raises ConfigError where the folder holds no index, a damaged one or one of another version."""
-        folder = Path(folder).resolve()
-        again = "index it (again) with: python launch.py index URL"
+    def open(cls, folder: Place, machine: Machine | None = None, *, cache_bytes: int = CACHE_BYTES) -> Dataset:
+        """The data set of a folder, or of a URL, whose index is then copied into machine.cache.
+
+        Raises ConfigError where there is no index, a damaged one or one of another version, or where machine.cache_gb
+        is less than a tar.
+        """
+        machine = machine or Machine()
+        place = str(folder).rstrip("/") if locations.is_url(folder) else Path(folder).resolve()
         try:
-            description = json.loads((folder / indexing.DATASET).read_text(encoding="utf-8"))
+            here = _copied(place, machine) if isinstance(place, str) else place
+            description = json.loads((here / indexing.DATASET).read_text(encoding="utf-8"))
             if description["version"] != indexing.VERSION:
-                raise ConfigError(f"{folder}: index version {description['version']}, not {indexing.VERSION}; {again}")
-            file = pq.ParquetFile(folder / indexing.INDEX, memory_map=True)
-            dataset = cls(folder, description, file, cache_bytes)
+                raise ConfigError(f"{place}: index version {description['version']}, not {indexing.VERSION}; {AGAIN}")
+            file = pq.ParquetFile(here / indexing.INDEX, memory_map=True)
+            dataset = cls(place, description, file, cache_bytes, machine)
         except FileNotFoundError as error:
-            raise ConfigError(f"{folder}: no {Path(error.filename or indexing.INDEX).name} here; {again}") from error
+            raise ConfigError(f"{place}: no {Path(error.filename or indexing.INDEX).name} here; {AGAIN}") from error
         except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"{folder}: the index cannot be read: {str(error).splitlines()[0]}; {again}") from error
+            raise ConfigError(f"{place}: the index cannot be read: {str(error).splitlines()[0]}; {AGAIN}") from error
         problem = dataset._problem()
         if problem:
-            raise ConfigError(f"{folder}: {problem}; {again}")
+            raise ConfigError(f"{place}: {problem}; {AGAIN}")
+        if dataset.traffic is not None:
+            fetching.require_room(dataset.tars, machine)
         return dataset
+
+    def take_figures(self) -> dict[str, float]:
+        """What there is to log of reading since the last call: nothing of shards on this file system."""
+        return {"cache_hit_rate": self.traffic.take_hit_rate()} if self.traffic else {}
+
+    @property
+    def tars(self) -> list[Tar]:
+        """What a store needs of each shard."""
+        places = map(str, self.shard_paths)
+        return list(map(Tar, places, self.shard_bytes.tolist(), self.shard_sha256, self.shard_tags))
 
     def rows(self, ids: np.ndarray, kinds: Sequence[str] = ()) -> Rows:
         """The rows of int64 ids [N], in their order, with the places of these kinds of annotations.
@@ -165,6 +199,26 @@ class Dataset:
         if sizes != np.diff(self.shard_first).tolist() or self.num_samples != sum(sizes):
             return f"{indexing.INDEX} has other samples than {indexing.DATASET} says"
         return None
+
+
+def _copied(url: str, machine: Machine) -> Path:
+    """The folder of machine.cache with a copy of the index at `url` as it is now. Processes of a node take turns."""
+    try:
+        text = transfer.read(f"{url}/{indexing.DATASET}", machine.retry_s)
+        folder = machine.cache / "indexes" / hashlib.sha256(url.encode() + text).hexdigest()[:24]
+        atomic.make_folder(folder)
+        with atomic.locked(folder):
+            if not (folder / indexing.DATASET).exists():
+                transfer.fetch(f"{url}/{indexing.INDEX}", folder / indexing.INDEX, machine.retry_s)
+                with atomic.replacing(folder / indexing.DATASET) as file:
+                    file.write_bytes(text)
+            os.utime(folder)
+    except transfer.RefusedError as error:
+        raise ConfigError(f"{error}; {AGAIN}") from error
+    used = sorted(folder.parent.iterdir(), key=lambda each: each.stat().st_mtime_ns)
+    for old in used[:-INDEXES]:
+        shutil.rmtree(old, ignore_errors=True)  # who has it open keeps what is open
+    return folder
 
 
 def _by_value(values: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from typing import Any, Protocol
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "jp2")  # of a tar's image member, best first
 EXIF_ORIENTATION = 0x0112
@@ -17,6 +18,13 @@ TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 
 class ImageError(ValueError):
     """These bytes are no image that can be trained on; the message says why."""
+
+
+class Encoded(Protocol):
+    """An encoded image: bytes, or what fetches those that are looked at."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: Any, /) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Header:
     width: int
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: Encoded) -> Header:
     """Format and size of an encoded image. Raises ImageError for anything that is not one of our formats."""
     suffix = sniff(data)
     try:
@@ -42,10 +50,11 @@ def read_header(data: bytes) -> Header:
     return Header(suffix, height, width)
 
 
-def sniff(data: bytes) -> str:
+def sniff(encoded: Encoded) -> str:
     """The format by its magic bytes (16 are enough), as a suffix. Raises ImageError where it is none of ours."""
-    if not data:
+    if not len(encoded):
         raise ImageError("zero bytes")
+    data: bytes = encoded[:512]
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -61,6 +70,10 @@ def sniff(data: bytes) -> str:
     raise ImageError(_stranger(data))
 
 
+def _unpack(form: str, data: Encoded, at: int) -> tuple[Any, ...]:
+    return struct.unpack(form, data[at : at + struct.calcsize(form)])
+
+
 def _stranger(data: bytes) -> str:
     if data[:4] == b"GIF8":
         return "GIF is not supported"
@@ -71,7 +84,7 @@ def _stranger(data: bytes) -> str:
     return f"not an image (starts with {data[:8].hex(' ')})"
 
 
-def _jpeg(data: bytes) -> tuple[int, int, int]:
+def _jpeg(data: Encoded) -> tuple[int, int, int]:
     orientation, at = 1, 2
     while True:
         while data[at] != 0xFF:  # some writers pad between segments
@@ -84,22 +97,22 @@ def _jpeg(data: bytes) -> tuple[int, int, int]:
             continue
         if marker in (0xD9, 0xDA):
             raise ImageError("jpg has no frame header")
-        (length,) = struct.unpack_from(">H", data, at)
+        (length,) = _unpack(">H", data, at)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 3)
+            height, width = _unpack(">HH", data, at + 3)
             return height, width, orientation
         if marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 8 : at + length])
         at += length
 
 
-def _png(data: bytes) -> tuple[int, int, int]:
+def _png(data: Encoded) -> tuple[int, int, int]:
     if data[12:16] != b"IHDR":
         raise ImageError("png has no IHDR")
-    width, height = struct.unpack_from(">II", data, 16)
+    width, height = _unpack(">II", data, 16)
     orientation, at = 1, 8
     while at + 8 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
+        (length,) = _unpack(">I", data, at)
         if data[at + 4 : at + 8] == b"eXIf":
             orientation = _exif_orientation(data[at + 8 : at + 8 + length])
             break
@@ -107,15 +120,15 @@ def _png(data: bytes) -> tuple[int, int, int]:
     return height, width, orientation
 
 
-def _webp(data: bytes) -> tuple[int, int, int]:
+def _webp(data: Encoded) -> tuple[int, int, int]:
     kind = data[12:16]
     if kind == b"VP8 ":
         if data[23:26] != b"\x9d\x01\x2a":
             raise ImageError("webp has no key frame")
-        width, height = struct.unpack_from("<HH", data, 26)
+        width, height = _unpack("<HH", data, 26)
         return height & 0x3FFF, width & 0x3FFF, 1
     if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
+        (bits,) = _unpack("<I", data, 21)
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, 1
     if kind != b"VP8X":
         raise ImageError(f"webp begins with an unknown chunk {kind!r}")
@@ -123,7 +136,7 @@ def _webp(data: bytes) -> tuple[int, int, int]:
     height = int.from_bytes(data[27:30], "little") + 1
     orientation, at = 1, 12
     while at + 8 <= len(data):
-        (length,) = struct.unpack_from("<I", data, at + 4)
+        (length,) = _unpack("<I", data, at + 4)
         if data[at : at + 4] == b"EXIF":
             orientation = _exif_orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
             break
@@ -131,13 +144,13 @@ def _webp(data: bytes) -> tuple[int, int, int]:
     return height, width, orientation
 
 
-def _bmp(data: bytes) -> tuple[int, int, int]:
-    (header_size,) = struct.unpack_from("<I", data, 14)
-    width, height = struct.unpack_from("<HH" if header_size == 12 else "<ii", data, 18)
+def _bmp(data: Encoded) -> tuple[int, int, int]:
+    (header_size,) = _unpack("<I", data, 14)
+    width, height = _unpack("<HH" if header_size == 12 else "<ii", data, 18)
     return abs(height), width, 1  # a negative height means top-down rows
 
 
-def _tiff(data: bytes) -> tuple[int, int, int]:
+def _tiff(data: Encoded) -> tuple[int, int, int]:
     tags = _tiff_tags(data)
     if TIFF_WIDTH not in tags or TIFF_HEIGHT not in tags:
         raise ImageError("tif has no size in its first directory")
@@ -145,17 +158,17 @@ def _tiff(data: bytes) -> tuple[int, int, int]:
     return tags[TIFF_HEIGHT], tags[TIFF_WIDTH], orientation if 1 <= orientation <= 8 else 1
 
 
-def _jp2(data: bytes) -> tuple[int, int, int]:
+def _jp2(data: Encoded) -> tuple[int, int, int]:
     if data[:2] == b"\xff\x4f":  # a bare codestream: the SIZ segment holds the reference grid and its offset
-        right, bottom, left, top = struct.unpack_from(">IIII", data, 8)
+        right, bottom, left, top = _unpack(">IIII", data, 8)
         return bottom - top, right - left, 1
     at = 12
     while True:
-        length, kind = struct.unpack_from(">I4s", data, at)
+        length, kind = _unpack(">I4s", data, at)
         if kind == b"jp2h":
             at += 8  # go into the box: ihdr is its first child
         elif kind == b"ihdr":
-            height, width = struct.unpack_from(">II", data, at + 8)
+            height, width = _unpack(">II", data, at + 8)
             return height, width, 1
         elif length < 8:
             raise ImageError("jp2 has no image header box")
@@ -172,21 +185,21 @@ def _exif_orientation(block: bytes) -> int:
     return orientation if 1 <= orientation <= 8 else 1
 
 
-def _tiff_tags(data: bytes) -> dict[int, int]:
+def _tiff_tags(data: Encoded) -> dict[int, int]:
     """The integer tags of the first directory of a TIFF or BigTIFF block (EXIF is one)."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:
         raise ImageError("tif has no byte order")
-    (version,) = struct.unpack_from(order + "H", data, 2)
+    (version,) = _unpack(order + "H", data, 2)
     big = version == 43
-    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
+    (at,) = _unpack(order + ("Q" if big else "I"), data, 8 if big else 4)
+    (count,) = _unpack(order + ("Q" if big else "H"), data, at)
     at += 8 if big else 2
     tags: dict[int, int] = {}
     for _ in range(min(count, 4096)):
-        tag, kind = struct.unpack_from(order + "HH", data, at)
+        tag, kind = _unpack(order + "HH", data, at)
         if kind in (3, 4):  # SHORT and LONG: their first value lies in the entry itself
-            (tags[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + (12 if big else 8))
+            (tags[tag],) = _unpack(order + ("H" if kind == 3 else "I"), data, at + (12 if big else 8))
         at += 20 if big else 12
     return tags
 

@@ -1,116 +1,134 @@
 """`index`: existing WebDataset tars, where they lie, become `index.parquet` and `dataset.json`.
 
 Every tar's result is kept in `.index/` under a name made of the tar's path, bytes, modification time and the index's
-options, so an interrupted indexing goes on and a second one, after tars were added, reads the new ones only.
+options, so an interrupted indexing goes on and a second one, after tars were added, reads the new ones only. Of remote
+tars only headers are read, by ranged requests; their results are kept in the cache until they are an index.
+
+The fingerprint is made of what each tar holds (its rows, and its sha256; of a remote tar, of which nobody has read all,
+its size and ETag, or what else the store says changes with it) and the names of the classes.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import hashlib
+import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from distssl import atomic
-from distssl.data import annotations, tars
+from distssl import atomic, config
+from distssl.data import annotations, expansion, index_parts, locations, tars, transfer
+from distssl.data.index_parts import COLUMNS, FIRST_NAMED, INDEX_SCHEMA, META, PLACES, Part
+from distssl.data.locations import Place
 from distssl.errors import ConfigError
+
+__all__ = ["COLUMNS", "INDEX_SCHEMA", "META", "PLACES"]
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = index_parts.VERSION
 MAX_PIXELS = 178_956_970  # where PIL too begins to suspect a decompression bomb
 DATASET, INDEX, REJECTED, PARTS, PACKED = "dataset.json", "index.parquet", "rejected.jsonl", ".index", "pack.json"
-FIRST_NAMED = 20  # of the rejected, in dataset.json and in the log, and of the bad annotations
-PLACES = {kind: (f"{kind}_offset", f"{kind}_size") for kind in annotations.KINDS}  # an annotation's columns
-COLUMNS = [
-    pa.field("key", pa.string()),
-    pa.field("offset", pa.int64()),
-    pa.field("size", pa.int64()),
-    pa.field("height", pa.int32()),
-    pa.field("width", pa.int32()),
-    pa.field("label", pa.int32()),
-    *(pa.field(name, pa.int64()) for names in PLACES.values() for name in names),
-]
-PART_SCHEMA = pa.schema(COLUMNS)
-INDEX_SCHEMA = pa.schema([pa.field("shard", pa.int32()), *COLUMNS])
-META = b"distssl"  # the key of our metadata in a parquet file
+THREADS, VERIFYING_THREADS = 16, 4  # for remote tars, which make a thread wait
 
 Progress = Callable[[int, int], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One tar's finished scan: its rows lie in `file`, the rest is here."""
-
-    tar: Path
-    file: Path
-    num_bytes: int
-    sha256: str
-    rows_digest: str
-    num_samples: int
-    num_labelled: int
-    max_label: int
-    bad_labels: int
-    num_annotated: dict[str, int]
-    bad_annotations: dict[str, int]
-    first_bad: list[dict]  # of the annotations
-    rejected: list[dict]
+class UnwritableError(ConfigError):
+    """The index cannot lie beside the tars."""
 
 
 def index(
     url: str,
-    out: Path | None = None,
+    out: Place | None = None,
     *,
     verify: bool = False,
     max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
     key: str = "url",
-) -> Path:
+    cache_dir: Path | None = None,
+    retry_s: float = transfer.RETRY_S,
+) -> Place:
     """Indexes the tars that `url` (a folder, a tar, a glob, a brace pattern) names and returns the index's folder.
 
     `out` defaults to the tars' own folder. With `verify` every image is decoded by DALI; images of more than
     `max_pixels` are left out before anything decodes them. `progress(done, total)` counts tars. Bad tars and images are
-    named in `rejected.jsonl`. Raises ConfigError: nothing there, nothing usable, `out` not writable or the index of
-    other tars.
+    named in `rejected.jsonl`. `cache_dir` keeps what is known of remote tars meanwhile, by default that of a run.
+    Raises ConfigError: nothing there, nothing usable, the index of other tars, and UnwritableError where `out` is.
     """
-    paths = tars.expand(url, key=key)
-    out = out.resolve() if out is not None else default_folder(url, paths)
-    atomic.make_folder(out)
-    with atomic.locked(out):
-        return index_locked(paths, out, f"{key}={url}", verify=verify, max_pixels=max_pixels, progress=progress)
+    paths = expansion.expand(url, key=key)
+    scan = functools.partial(index_locked, verify=verify, max_pixels=max_pixels, progress=progress, retry_s=retry_s)
+    if isinstance(paths[0], Path) and out is not None and locations.is_url(out):
+        raise ConfigError(f"out={out}: {url} is on this file system, so a folder is right; copy both to the store")
+    home = default_place(url, paths) if out is None else out
+    if isinstance(home, str) and locations.is_url(home):
+        return _index_beside(paths, home.rstrip("/"), scan, f"{key}={url}", cache_dir, retry_s)
+    folder = Path(home).resolve()
+    atomic.make_folder(folder)
+    with atomic.locked(folder):
+        return scan(paths, folder, f"{key}={url}")
+
+
+def _index_beside(
+    paths: Sequence[Place],
+    home: str,
+    scan: Callable[..., Path],
+    title: str,
+    cache_dir: Path | None,
+    retry_s: float,
+) -> str:
+    """Index in a folder of the cache, then put the index on the store; dataset.json last."""
+    cache_dir = cache_dir or config.Machine().cache
+    folder = cache_dir / "indexing" / index_parts.digest(home)
+    atomic.make_folder(folder)
+    with atomic.locked(folder):
+        known = _read(f"{home}/{DATASET}", retry_s)
+        scan(paths, folder, title, home=home)
+        if known is not None and known == (folder / DATASET).read_bytes():
+            return home
+        try:
+            for name in (INDEX, REJECTED, DATASET):
+                transfer.write(f"{home}/{name}", folder / name, retry_s)
+        except transfer.RefusedError as error:
+            raise UnwritableError(f"out={home}: cannot be written, so say where the index goes: {error}") from error
+    return home
 
 
 def index_locked(
-    paths: Sequence[Path],
+    paths: Sequence[Place],
     out: Path,
     title: str,
     *,
+    home: str | None = None,
     verify: bool = False,
     max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
+    retry_s: float = transfer.RETRY_S,
 ) -> Path:
-    """`index` for a caller that holds `atomic.locked(out)`; `paths` absolute and sorted."""
-    _refuse_other_shards(paths, out)
-    parts = _scan_all(paths, out, verify=verify, max_pixels=max_pixels, progress=progress)
+    """`index` for a caller that holds `atomic.locked(out)`; `paths` absolute and sorted.
+
+    home: the URL the index will lie at, if it is made for one.
+    """
+    place = home or out
+    _refuse_other_shards(paths, place, retry_s)
+    parts = _scan_all(paths, out, verify=verify, max_pixels=max_pixels, progress=progress, retry_s=retry_s)
     rejected = [line for part in parts for line in part.rejected]
     used = [part for part in parts if part.num_samples]
     if not used:
         first = f"; the first: {rejected[0]['shard']}: {rejected[0]['reason']}" if rejected else ""
         raise ConfigError(f"{title}: no usable image in {len(paths)} tars{first}")
-    classes = _classes(used[0].tar.parent, max(part.max_label for part in used))
-    fingerprint = _digest(json.dumps([VERSION, [(part.sha256, part.rows_digest) for part in used], classes]))
+    classes = _classes(used[0].tar, max(part.max_label for part in used), retry_s)
+    contents = [(part.content, part.rows_digest) for part in used]
+    fingerprint = index_parts.digest(json.dumps([VERSION, contents, classes]))
     bad_annotations = {kind: sum(part.bad_annotations[kind] for part in used) for kind in annotations.KINDS}
     _log_rejected(title, rejected, sum(part.bad_labels for part in used))
     _log_bad_annotations(title, [line for part in used for line in part.first_bad], bad_annotations)
     with atomic.replacing(out / INDEX) as file:
-        _merge(used, file, fingerprint)
+        index_parts.merge(used, file, fingerprint)
     with atomic.replacing(out / REJECTED) as file:
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected), encoding="utf-8")
     description = {
@@ -127,37 +145,36 @@ def index_locked(
             "by_reason": dict(collections.Counter(line["kind"] for line in rejected).most_common()),
             "first": rejected[:FIRST_NAMED],
         },
-        "shards": [
-            {
-                "path": _written_path(part.tar, out),
-                "bytes": part.num_bytes,
-                "sha256": part.sha256,
-                "samples": part.num_samples,
-            }
-            for part in used
-        ],
+        "shards": [_described(part, place) for part in used],
     }
     with atomic.replacing(out / DATASET) as file:  # last: a folder with it is complete
         file.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return out
 
 
-def default_folder(url: str, paths: Sequence[Path]) -> Path:
+def _described(part: Part, place: Place) -> dict:
+    """A shard in dataset.json."""
+    found = {"bytes": part.num_bytes, "sha256": part.sha256, "samples": part.num_samples}
+    remote = {"etag": part.tag} if part.sha256 is None else {}
+    return {"path": _written_path(part.tar, place), **found, **remote}
+
+
+def default_place(url: str, paths: Sequence[Place]) -> Place:
     """The tars' own folder, or one in it where `url` names only some of its tars. Raises ConfigError for several."""
-    folders = {path.parent for path in paths}
+    folders = {locations.parent(path) for path in paths}
     if len(folders) > 1:
         raise ConfigError(f"out: {url} lies in {len(folders)} folders, so say where the index goes")
     (folder,) = folders
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"out: {folder} cannot be written, so say where the index goes")
-    if set(tars.expand(str(folder))) == set(paths):
+    if isinstance(folder, Path) and not os.access(folder, os.W_OK):
+        raise UnwritableError(f"out: {folder} cannot be written, so say where the index goes")
+    if locations.scheme(url) in locations.HTTP or set(expansion.expand(str(folder))) == set(paths):
         return folder
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(url).name.removesuffix(".tar"))
-    return folder / f"{name}.index"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in locations.name(url).removesuffix(".tar"))
+    return locations.join(folder, f"{name}.index")
 
 
 def _scan_all(
-    paths: Sequence[Path], out: Path, *, verify: bool, max_pixels: int, progress: Progress | None
+    paths: Sequence[Place], out: Path, *, verify: bool, max_pixels: int, progress: Progress | None, retry_s: float
 ) -> list[Part]:
     probe = None
     if verify:
@@ -165,19 +182,26 @@ def _scan_all(
 
         probe = Probe()
     (out / PARTS).mkdir(exist_ok=True)
-    parts: list[Part] = []
-    for done, path in enumerate(paths, start=1):
-        file = out / PARTS / (_part_name(path, max_pixels, verify) + ".parquet")
-        part = _read_part(path, file)
+
+    def scanned(path: Place) -> Part:
+        name = index_parts.name(path, max_pixels, verify, retry_s)
+        file = out / PARTS / f"{name}.parquet"
+        part = index_parts.read(path, file)
         if part is None:
-            scan = tars.scan(path, max_pixels=max_pixels, probe=probe)
+            scan = tars.scan(path, max_pixels=max_pixels, probe=probe, retry_s=retry_s)
             with atomic.replacing(file) as temporary:
-                _write_part(scan, temporary)
-            part = _read_part(path, file)
+                index_parts.write(scan, temporary)
+            part = index_parts.read(path, file)
             assert part is not None
-        parts.append(part)
-        if progress:
-            progress(done, len(paths))
+        return part
+
+    parts: list[Part] = []
+    num_threads = (VERIFYING_THREADS if verify else THREADS) if isinstance(paths[0], str) else 1
+    with _mapped(scanned, paths, num_threads) as results:
+        for part in results:
+            parts.append(part)
+            if progress:
+                progress(len(parts), len(paths))
     wanted = {part.file.name for part in parts}
     for stale in (out / PARTS).iterdir():
         if stale.name not in wanted:
@@ -185,77 +209,57 @@ def _scan_all(
     return parts
 
 
-def _part_name(path: Path, max_pixels: int, verify: bool) -> str:
-    try:
-        stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns]
-    except OSError:  # the scan says so
-        state = []
-    return _digest(json.dumps([VERSION, str(path), state, max_pixels, verify]))
+@contextmanager
+def _mapped(function: Callable[[Place], Part], paths: Sequence[Place], num_threads: int) -> Iterator[Iterator[Part]]:
+    """`map`, by several threads if asked to; what goes wrong with one ends the others before their next."""
+    if num_threads == 1:
+        yield map(function, paths)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            yield pool.map(function, paths)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write_part(scan: tars.Scan, file: Path) -> None:
-    columns = list(zip(*scan.rows, strict=True)) or [[] for _ in COLUMNS]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)]
-    column = dict(zip(PART_SCHEMA.names, columns, strict=True))
-    labels, bad = column["label"], scan.bad_annotations
-    meta = {
-        "num_bytes": scan.num_bytes,
-        "sha256": scan.sha256,
-        "rows_digest": _digest(json.dumps(scan.rows)),
-        "num_labelled": sum(label >= 0 for label in labels),
-        "max_label": max(labels, default=-1),
-        "bad_labels": scan.bad_labels,
-        "num_annotated": {kind: sum(size > 0 for size in column[names[1]]) for kind, names in PLACES.items()},
-        "bad_annotations": {kind: sum(line.kind == kind for line in bad) for kind in annotations.KINDS},
-        "first_bad": [dataclasses.asdict(line) for line in bad[:FIRST_NAMED]],
-        "rejected": [dataclasses.asdict(rejected) for rejected in scan.rejected],
-    }
-    schema = PART_SCHEMA.with_metadata({META: json.dumps(meta).encode()})
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd")
-
-
-def _read_part(tar: Path, file: Path) -> Part | None:
-    """None where there is no such part or it is unreadable."""
-    try:
-        found = pq.read_metadata(file)
-        meta = json.loads((found.metadata or {})[META])
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
-        return None
-    return Part(tar=tar, file=file, num_samples=found.num_rows, **meta)
-
-
-def _merge(parts: Sequence[Part], file: Path, fingerprint: str) -> None:
-    """A row group per tar; one tar's rows in memory at a time."""
-    schema = INDEX_SCHEMA.with_metadata({META: json.dumps({"version": VERSION, "fingerprint": fingerprint}).encode()})
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for shard, part in enumerate(parts):
-            table = pq.read_table(part.file, schema=PART_SCHEMA)
-            column = pa.array([shard], pa.int32()).take(pa.array([0] * table.num_rows, pa.int32()))
-            rows = pa.Table.from_arrays([column, *table.columns], schema=schema)
-            writer.write_table(rows, row_group_size=max(1, table.num_rows))
-
-
-def _refuse_other_shards(paths: Sequence[Path], out: Path) -> None:
+def _refuse_other_shards(paths: Sequence[Place], place: Place, retry_s: float) -> None:
     """An index is replaced only by one of the same tars and more."""
-    try:
-        text = (out / DATASET).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    text = _read(locations.join(place, DATASET), retry_s)
+    if text is None:
         return
     try:
-        listed = [out / shard["path"] for shard in json.loads(text)["shards"]]
+        listed = [locations.join(place, shard["path"]) for shard in json.loads(text)["shards"]]
     except (ValueError, KeyError, TypeError):
         return  # damaged: indexing again is the way to mend it
-    other = [path for path in listed if path not in set(paths) and path.exists()]
+    other = [path for path in listed if path not in set(paths) and _exists(path, retry_s)]
     if other:
-        raise ConfigError(f"out: {out} holds the index of other tars ({other[0]}); give another folder")
+        raise ConfigError(f"out: {place} holds the index of other tars ({other[0]}); give another folder")
 
 
-def _classes(folder: Path, max_label: int) -> list[str]:
-    """Names from `pack`, where it wrote these tars, else the numbers."""
+def _exists(path: Place, retry_s: float) -> bool:
+    if isinstance(path, Path):
+        return path.exists()
     try:
-        names = json.loads((folder / PACKED).read_text(encoding="utf-8"))["classes"]
-    except (OSError, ValueError, KeyError):
+        transfer.patiently(path, lambda: locations.Object(path), retry_s)
+    except transfer.RefusedError:
+        return False
+    return True
+
+
+def _read(path: Place, retry_s: float) -> bytes | None:
+    """A small file; None where there is none."""
+    try:
+        return path.read_bytes() if isinstance(path, Path) else transfer.read(path, retry_s)
+    except (FileNotFoundError, transfer.RefusedError):
+        return None
+
+
+def _classes(tar: Place, max_label: int, retry_s: float) -> list[str]:
+    """Names from `pack`, where it wrote these tars, else the numbers."""
+    text = _read(locations.join(locations.parent(tar), PACKED), retry_s)
+    try:
+        names = json.loads(text or b"{}")["classes"]
+    except (ValueError, KeyError):
         names = []
     return names if len(names) > max_label else [str(i) for i in range(max_label + 1)]
 
@@ -286,10 +290,8 @@ def _log_bad_annotations(title: str, first: Sequence[dict], count: dict[str, int
             log.warning("%s: %d samples are kept without their .%s", title, num, annotations.MEMBERS[kind])
 
 
-def _written_path(tar: Path, out: Path) -> str:
+def _written_path(tar: Place, place: Place) -> str:
     """Relative where the tar lies under the index, so that the folder can be moved."""
-    return tar.relative_to(out).as_posix() if tar.is_relative_to(out) else str(tar)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    if isinstance(tar, str):
+        return tar.removeprefix(f"{place}/")
+    return tar.relative_to(place).as_posix() if tar.is_relative_to(place) else str(tar)

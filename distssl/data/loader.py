@@ -15,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distssl.data import annotations, graph, images, order, probe
+from distssl.data import annotations, graph, images, locations, order, probe, store
 from distssl.data.dataset import Rows
 from distssl.data.quarantine import Quarantine
 from distssl.data.shards import Dataset
-from distssl.data.store import LocalStore
 from distssl.errors import RunError
 
 
@@ -77,7 +76,7 @@ class Loader:
         self.max_pixels = max_pixels
         self.quarantine = quarantine
         self.target = target  # "mask" or "depth", where the views read one
-        self.store = LocalStore(dataset.shard_paths)
+        self.store = store.open_shards(dataset)
         self._single: graph.Graph | None = None
         self._single_feed: graph.Feed
 
@@ -88,6 +87,7 @@ class Loader:
         replaced yields nothing.
         """
         in_flight: deque[tuple[Request, graph.Feed]] = deque()
+        requests = self.store.ahead(requests)
 
         def source() -> graph.Feed:
             while True:
@@ -158,10 +158,13 @@ class Loader:
         rows = self.dataset.rows(ids, (self.target,) if self.target else ())
         places = zip(rows.shard.tolist(), rows.offset.tolist(), rows.size.tolist(), strict=True)
         found: list[Image | None] = []
-        for sample, label, place in zip(ids.tolist(), rows.label.tolist(), places, strict=True):
-            encoded = None if sample in self.quarantine else self._read_one(sample, *place)
-            found.append(None if encoded is None else Image(sample, label, encoded, None))
-        return self._with_targets(found, rows, self.target) if self.target else found
+        try:
+            for sample, label, place in zip(ids.tolist(), rows.label.tolist(), places, strict=True):
+                encoded = None if sample in self.quarantine else self._read_one(sample, *place)
+                found.append(None if encoded is None else Image(sample, label, encoded, None))
+            return self._with_targets(found, rows, self.target) if self.target else found
+        finally:
+            self.store.release()
 
     def _with_targets(self, found: list[Image | None], rows: Rows, kind: str) -> list[Image | None]:
         """The same with their targets, a blank one for an image that has none; None where one cannot be read."""
@@ -199,7 +202,7 @@ class Loader:
         self.quarantine.add(
             {
                 "id": sample,
-                "shard": self.dataset.shard_paths[int(rows.shard[0])].name,
+                "shard": locations.name(self.dataset.shard_paths[int(rows.shard[0])]),
                 "offset": int(rows.offset[0]),
                 "key": self.dataset.keys(np.array([sample]))[0],
                 "reason": reason,

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
 
 class Probe:
-    """A batch-1 CPU pipeline. After a failed decode the same pipeline goes on with the next image."""
+    """A batch-1 CPU pipeline; after a failed decode it goes on with the next image. Threads may share it."""
 
     def __init__(self) -> None:
         self._next: list[np.ndarray] = []
+        self._lock = threading.Lock()
         pipeline = _decode_one(source=lambda: [self._next.pop()])
         pipeline.build()
         self._pipeline = pipeline
@@ -22,11 +25,12 @@ class Probe:
         """None where DALI decodes `data` to an RGB image, else why it does not, in one line."""
         if not data:
             return "zero bytes"  # DALI refuses an empty input outside the pipeline's error handling
-        self._next.append(np.frombuffer(data, np.uint8))
-        try:
-            self._pipeline.run()
-        except RuntimeError as error:  # DALI raises no other class, whatever went wrong
-            return reason(error)
+        with self._lock:
+            self._next.append(np.frombuffer(data, np.uint8))
+            try:
+                self._pipeline.run()
+            except RuntimeError as error:  # DALI raises no other class, whatever went wrong
+                return reason(error)
         return None
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 import re
 from pathlib import Path
 
 from distssl import atomic
-from distssl.data import indexing, packing, sources, tars
+from distssl.data import expansion, indexing, locations, packing, sources, transfer
 from distssl.data.dataset import Dataset, Rows
+from distssl.data.locations import Place
 from distssl.errors import ConfigError
 
 __all__ = ["Dataset", "Rows", "index", "pack", "prepare"]
@@ -22,16 +22,23 @@ index = indexing.index
 
 
 def prepare(
-    source: str, cache_dir: Path, *, progress: packing.Progress | None = None, key: str = "data.source"
-) -> Path:
-    """The folder of the indexed data set that `source` means, made where it is not there yet.
+    source: str,
+    cache_dir: Path,
+    *,
+    progress: packing.Progress | None = None,
+    key: str = "data.source",
+    retry_s: float = transfer.RETRY_S,
+) -> Place:
+    """The folder, or URL, of the indexed data set that `source` means, made where it is not there yet.
 
     A folder with a dataset.json is used as it is; tars are indexed where they lie, or in `cache_dir` where they cannot
     be written beside; anything else is packed into `cache_dir` once, and again when the source or the index's
-    version has changed. Raises ConfigError, naming `key`.
+    version has changed. Raises ConfigError, naming `key`, and RunError where a store does not answer for `retry_s`.
     """
     if not source:
         raise ConfigError(f"{key}: is empty; give a folder, zip, CSV, tars or the name of a data set")
+    if locations.is_url(source):
+        return _prepare_remote(source, cache_dir, progress, key, retry_s)
     path = Path(source).expanduser()
     if (path / indexing.DATASET).exists():
         return path.resolve()
@@ -45,10 +52,27 @@ def prepare(
     return pack(source, folder, progress=progress, key=key)
 
 
-def _index_tars(source: str, cache_dir: Path, progress: packing.Progress | None, key: str) -> Path:
-    paths = tars.expand(source, key=key)
+def _prepare_remote(source: str, cache_dir: Path, progress: packing.Progress | None, key: str, retry_s: float) -> Place:
+    locations.check(source, key)
+    place = source.rstrip("/")
+    how = {"progress": progress, "key": key, "cache_dir": cache_dir, "retry_s": retry_s}
+    if not expansion.is_pattern(place) and not place.endswith(expansion.SUFFIXES):
+        try:
+            transfer.read(f"{place}/{indexing.DATASET}", retry_s)
+        except transfer.RefusedError as error:
+            log.info("%s=%s has no index yet: %s", key, source, error)
+        else:
+            return place
     try:
-        folder = indexing.default_folder(source, paths)
+        return index(source, **how)
+    except indexing.UnwritableError:
+        return index(source, cache_dir / f"{_plain(source)}-{_digest(source)}", **how)
+
+
+def _index_tars(source: str, cache_dir: Path, progress: packing.Progress | None, key: str) -> Place:
+    paths = expansion.expand(source, key=key)
+    try:
+        folder = Path(indexing.default_place(source, paths))
         atomic.make_folder(folder)
         with atomic.locked(folder):
             pass
@@ -60,8 +84,7 @@ def _index_tars(source: str, cache_dir: Path, progress: packing.Progress | None,
 def _names_tars(source: str, path: Path) -> bool:
     if path.is_dir():
         return any(file.suffix == ".tar" for file in path.iterdir())
-    pattern = glob.has_magic(source) or "{" in source or "://" in source
-    return (pattern and not path.exists()) or source.endswith((".tar", *tars.COMPRESSED_NAMES))
+    return (expansion.is_pattern(source) and not path.exists()) or source.endswith(expansion.SUFFIXES)
 
 
 def _plain(source: str) -> str:

@@ -8,25 +8,22 @@ members with one key are one sample. Nothing in a tar is fatal: what cannot be u
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import re
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import braceexpand
-
-from distssl.data import annotations, images
-from distssl.errors import ConfigError
+from distssl.data import annotations, images, locations, ranged, transfer
+from distssl.data.locations import Place
 
 if TYPE_CHECKING:
     from distssl.data.probe import Probe  # imports DALI, which only `verify` needs
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
-COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_IMAGE_BYTES = 1 << 30
+VERIFIED_WINDOW = 8 << 20  # bytes a request where all of a remote tar is read
 NUM_CLASSES_LIMIT = 1 << 20  # a label above this is an id of something, not a class
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset leaves these out too
@@ -56,67 +53,57 @@ class Scan:
     bad_labels: int = 0  # samples kept without their label because it is no class number
     bad_annotations: list[Rejected] = dataclasses.field(default_factory=list)  # left out of samples kept; kind: theirs
     num_bytes: int = 0
-    sha256: str = ""
+    sha256: str | None = ""  # None: remote, where it would take to read all of it
+    tag: str | None = None  # of a remote tar: its ETag, or what else changes with it
 
 
-def expand(url: str, *, key: str = "url") -> list[Path]:
-    """Absolute paths of the tars that a folder, a tar, a glob or a brace pattern names, sorted. Raises ConfigError."""
-    url = url.removeprefix("file://")
-    if "://" in url:
-        raise ConfigError(f"{key}={url}: only tars on this file system can be indexed; copy or mount them first")
-    here = Path(url).expanduser()
-    if here.is_dir():
-        found = [
-            path for path in here.iterdir() if path.name.endswith((".tar", *COMPRESSED_NAMES)) and path.name[0] != "."
-        ]
-    elif here.exists():
-        found = [here]
-    else:
-        try:
-            patterns = list(braceexpand.braceexpand(str(here)))
-        except ValueError as error:
-            raise ConfigError(f"{key}={url}: braces do not match: {error}") from error
-        found = [path for pattern in patterns for path in _matches(Path(pattern))]
-        if not any(path.exists() for path in found):
-            raise ConfigError(f"{key}={url}: does not exist; give a folder of tars, a tar, a glob or a brace pattern")
-    if not found:
-        raise ConfigError(f"{key}={url}: holds no *.tar; give a folder of tars, a tar, a glob or a brace pattern")
-    return sorted({path.parent.resolve() / path.name for path in found})
+def scan(tar: Place, *, max_pixels: int, probe: Probe | None = None, retry_s: float = transfer.RETRY_S) -> Scan:
+    """Everything an index needs of one tar, of a remote one by ranged reads of headers alone, if nothing is probed.
 
-
-def scan(path: Path, *, max_pixels: int, probe: Probe | None = None) -> Scan:
-    """Everything an index needs of one tar. Never raises for what is in the file or for a file that cannot be read."""
+    Never raises for what is in the file or for a file that cannot be read; but RunError for a store that does not
+    answer for `retry_s` seconds.
+    """
     result = Scan()
+    name = locations.name(tar)
     try:
-        with open(path, "rb") as file:
+        with _opened(tar, retry_s, verify=probe is not None) as file:
             compression = COMPRESSED.get(file.read(2))
             if compression and not _has_tar_magic(file):
                 reason = f"{compression}-compressed: decompress it"
-                result.rejected.append(Rejected(path.name, 0, "", reason, reason))
+                result.rejected.append(Rejected(name, 0, "", reason, reason))
                 return result
-            result.sha256, result.num_bytes = _digest(file)
-            _Scanner(file, path.name, result, max_pixels, probe).run()
+            if isinstance(file, ranged.RangedFile):
+                result.sha256, result.num_bytes, result.tag = None, file.size, file.tag
+            else:
+                result.sha256, result.num_bytes = _digest(file)
+            _Scanner(file, name, result, max_pixels, probe).run()
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
-        return Scan(rejected=[Rejected(path.name, 0, "", reason, reason)])
+        return Scan(rejected=[Rejected(name, 0, "", reason, reason)])
+    except transfer.RefusedError as error:
+        return Scan(rejected=[Rejected(name, 0, "", "cannot be read", f"cannot be read: {error}")])
     return result
 
 
-def _matches(pattern: Path) -> list[Path]:
-    """What a glob of any shape matches; the path itself where it is no glob, there or not."""
-    if not glob.has_magic(str(pattern)):
-        return [pattern]
-    return list(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor))))
+@contextmanager
+def _opened(tar: Place, retry_s: float, verify: bool) -> Iterator[BinaryIO | ranged.RangedFile]:
+    if isinstance(tar, str):
+        yield ranged.RangedFile(tar, retry_s, VERIFIED_WINDOW if verify else ranged.WINDOW)
+    else:
+        with open(tar, "rb") as file:
+            yield file
 
 
-def _has_tar_magic(file: BinaryIO) -> bool:
+def _has_tar_magic(file: BinaryIO | ranged.RangedFile) -> bool:
     """A member's name may begin like a compressed file; a tar has its own magic further on."""
     file.seek(257)
     return file.read(5) == b"ustar"
 
 
 class _Scanner:
-    def __init__(self, file: BinaryIO, shard: str, result: Scan, max_pixels: int, probe: Probe | None) -> None:
+    def __init__(
+        self, file: BinaryIO | ranged.RangedFile, shard: str, result: Scan, max_pixels: int, probe: Probe | None
+    ) -> None:
         self.file, self.shard, self.result = file, shard, result
         self.max_pixels, self.probe = max_pixels, probe
         self.seen: set[str] = set()
@@ -146,7 +133,7 @@ class _Scanner:
         if self.result.num_bytes == 0:
             return
         try:
-            tar = tarfile.TarFile(fileobj=self.file, encoding="utf-8", errors="surrogateescape")
+            tar = tarfile.TarFile(fileobj=cast(BinaryIO, self.file), encoding="utf-8", errors="surrogateescape")
         except (tarfile.TarError, ValueError) as error:
             self._reject(0, "", "not a tar", f"not a tar: {error}")
             return
@@ -208,7 +195,7 @@ class _Scanner:
             reason = f"{header.width}x{header.height} is more than max_pixels={self.max_pixels}"
             self._reject(member.offset_data, key, "more than max_pixels", reason)
             return
-        problem = self.probe.problem(data) if self.probe else None
+        problem = self.probe.problem(data[:]) if self.probe else None
         if problem is not None:
             self._reject(member.offset_data, key, "does not decode", f"does not decode: {problem}")
             return
@@ -220,7 +207,7 @@ class _Scanner:
     def _label(self, member: tarfile.TarInfo | None) -> int:
         if member is None:
             return -1
-        text = self._read(member).strip() if member.size < 64 else b""
+        text = self._read(member)[:].strip() if member.size < 64 else b""
         try:
             label = int(text)
         except ValueError:
@@ -247,7 +234,9 @@ class _Scanner:
         self.result.bad_annotations.append(bad)
         return 0, 0
 
-    def _read(self, member: tarfile.TarInfo) -> bytes:
+    def _read(self, member: tarfile.TarInfo) -> images.Encoded:
+        if isinstance(self.file, ranged.RangedFile):
+            return ranged.Span(self.file, member.offset_data, member.size)
         self.file.seek(member.offset_data)
         return self.file.read(member.size)
 

@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from distssl.data import tars
+from distssl.data import expansion, tars
 from distssl.errors import ConfigError
 from tests import planted
 
@@ -234,12 +234,14 @@ def test_random_damage_is_never_fatal(tmp_path):
 @pytest.mark.parametrize("pattern", ["", "a-*.tar", "a-{000..002}.tar", "a-00{0,1,2}.tar", "{a-000,a-00[12]}.tar"])
 def test_a_url_is_a_folder_a_glob_or_a_brace_pattern(pattern, tmp_path):
     found = [write(tmp_path / f"a-{i:03d}.tar", ("a.jpg", picture())) for i in (2, 0, 1)]
-    assert tars.expand(str(tmp_path / pattern)) == sorted(found)
+    assert expansion.expand(str(tmp_path / pattern)) == sorted(found)
 
 
-@pytest.mark.parametrize("url", ["nowhere", "nowhere/*.tar", "empty", "a-{0..3}.tar", "s3://bucket/a.tar", "a-{0.tar"])
+@pytest.mark.parametrize(
+    "url", ["nowhere", "nowhere/*.tar", "empty", "a-{0..3}.tar", "s4://bucket/*.tar", "http://localhost/a", "a-{0.tar"]
+)
 def test_a_url_that_names_no_tar_is_the_users_mistake(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"data\.source="):
-        tars.expand(url, key="data.source")
+        expansion.expand(url, key="data.source")

@@ -1,0 +1,117 @@
+"""A tar's finished scan, kept as a parquet file of its own until an index is made of it, and for the next index."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distssl.data import annotations, locations, tars, transfer
+from distssl.data.locations import Place
+
+VERSION = 3
+FIRST_NAMED = 20  # of the rejected, in dataset.json and in the log, and of the bad annotations
+PLACES = {kind: (f"{kind}_offset", f"{kind}_size") for kind in annotations.KINDS}  # an annotation's columns
+COLUMNS = [
+    pa.field("key", pa.string()),
+    pa.field("offset", pa.int64()),
+    pa.field("size", pa.int64()),
+    pa.field("height", pa.int32()),
+    pa.field("width", pa.int32()),
+    pa.field("label", pa.int32()),
+    *(pa.field(name, pa.int64()) for names in PLACES.values() for name in names),
+]
+PART_SCHEMA = pa.schema(COLUMNS)
+INDEX_SCHEMA = pa.schema([pa.field("shard", pa.int32()), *COLUMNS])
+META = b"distssl"  # the key of our metadata in a parquet file
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tar's finished scan: its rows lie in `file`, the rest is here."""
+
+    tar: Place
+    file: Path
+    num_bytes: int
+    sha256: str | None
+    rows_digest: str
+    num_samples: int
+    num_labelled: int
+    max_label: int
+    bad_labels: int
+    num_annotated: dict[str, int]
+    bad_annotations: dict[str, int]
+    first_bad: list[dict]  # of the annotations
+    rejected: list[dict]
+    tag: str | None = None  # of a remote tar, where it takes the place of the sha256
+
+    @property
+    def content(self) -> str:
+        """What changes with the tar."""
+        return self.sha256 or f"{self.num_bytes} {self.tag}"
+
+
+def name(tar: Place, max_pixels: int, verify: bool, retry_s: float) -> str:
+    """A name that changes with the tar and with how it is scanned."""
+    try:
+        if isinstance(tar, str):
+            found = transfer.patiently(tar, lambda: locations.Object(tar), retry_s)
+            state = [found.size, found.tag]
+        else:
+            stat = tar.stat()
+            state = [stat.st_size, stat.st_mtime_ns]
+    except (OSError, transfer.RefusedError):  # the scan says so
+        state = []
+    return digest(json.dumps([VERSION, str(tar), state, max_pixels, verify]))
+
+
+def write(scan: tars.Scan, file: Path) -> None:
+    columns = list(zip(*scan.rows, strict=True)) or [[] for _ in COLUMNS]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, COLUMNS, strict=True)]
+    column = dict(zip(PART_SCHEMA.names, columns, strict=True))
+    labels, bad = column["label"], scan.bad_annotations
+    meta = {
+        "num_bytes": scan.num_bytes,
+        "sha256": scan.sha256,
+        "tag": scan.tag,
+        "rows_digest": digest(json.dumps(scan.rows)),
+        "num_labelled": sum(label >= 0 for label in labels),
+        "max_label": max(labels, default=-1),
+        "bad_labels": scan.bad_labels,
+        "num_annotated": {kind: sum(size > 0 for size in column[names[1]]) for kind, names in PLACES.items()},
+        "bad_annotations": {kind: sum(line.kind == kind for line in bad) for kind in annotations.KINDS},
+        "first_bad": [dataclasses.asdict(line) for line in bad[:FIRST_NAMED]],
+        "rejected": [dataclasses.asdict(rejected) for rejected in scan.rejected],
+    }
+    schema = PART_SCHEMA.with_metadata({META: json.dumps(meta).encode()})
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd")
+
+
+def read(tar: Place, file: Path) -> Part | None:
+    """None where there is no such part or it is unreadable."""
+    try:
+        found = pq.read_metadata(file)
+        meta = json.loads((found.metadata or {})[META])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        return None
+    return Part(tar=tar, file=file, num_samples=found.num_rows, **meta)
+
+
+def merge(parts: Sequence[Part], file: Path, fingerprint: str) -> None:
+    """A row group per tar; one tar's rows in memory at a time."""
+    schema = INDEX_SCHEMA.with_metadata({META: json.dumps({"version": VERSION, "fingerprint": fingerprint}).encode()})
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for shard, part in enumerate(parts):
+            table = pq.read_table(part.file, schema=PART_SCHEMA)
+            column = pa.array([shard], pa.int32()).take(pa.array([0] * table.num_rows, pa.int32()))
+            rows = pa.Table.from_arrays([column, *table.columns], schema=schema)
+            writer.write_table(rows, row_group_size=max(1, table.num_rows))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,203 @@
+"""Patience with a remote store: tries again with backoff and jitter, downloads that go on where they were cut."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from distssl import atomic
+from distssl.data import locations
+from distssl.data.locations import Object
+from distssl.errors import RunError
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 120.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 8.0
+CHUNK = 8 << 20  # bytes a request; halved where answers are cut
+SMALLEST_CHUNK = 64 << 10
+NUM_DOWNLOADS = 3  # of a tar that comes whole and is not the one that was indexed
+
+T = TypeVar("T")
+
+_jitter = random.SystemRandom()  # of the machine: nothing of a run is drawn from it
+
+
+class RefusedError(RunError):
+    """The server has said no: trying again does not help."""
+
+
+class StoppedError(Exception):
+    """Nobody waits for this transfer any more."""
+
+
+class TornError(RunError):
+    """What a store holds is not what was indexed."""
+
+
+@dataclass(frozen=True)
+class Tar:
+    """A remote tar and what a copy must be: sha256 where it is known, else what has the tag."""
+
+    url: str
+    num_bytes: int
+    sha256: str | None
+    tag: str | None
+
+    @property
+    def name(self) -> str:
+        """For files; the same for the same content, and another where the tar has changed."""
+        identity = self.sha256 or f"{self.url} {self.tag}"
+        return hashlib.sha256(f"{identity} {self.num_bytes}".encode()).hexdigest()[:32]
+
+
+def patiently(url: str, call: Callable[[], T], retry_s: float = RETRY_S, stop: threading.Event | None = None) -> T:
+    """What `call` returns, tried for `retry_s` seconds where a failure may pass.
+
+    Raises RefusedError at once where the server says no, RunError when the time is up, StoppedError on `stop`.
+    """
+    deadline = None
+    for attempt in itertools.count():
+        try:
+            return call()
+        except Exception as error:
+            if not locations.is_transient(error):
+                if locations.is_refused(error):
+                    raise RefusedError(f"{url}: {locations.said(error)}; {locations.advice(error)}") from error
+                raise
+            now = time.monotonic()
+            deadline = now + retry_s if deadline is None else deadline
+            delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt) * _jitter.uniform(0.5, 1)
+            if now >= deadline:
+                raise RunError(
+                    f"{url}: {locations.said(error)}; no better in machine.retry_s={retry_s:g} seconds, "
+                    "the same command goes on once the store is back"
+                ) from error
+            if attempt == 3:
+                log.warning("%s: %s; trying again for up to %g s", url, locations.said(error), retry_s)
+            if (stop or threading.Event()).wait(min(delay, deadline - now)):
+                raise StoppedError from error
+    raise AssertionError("unreachable")
+
+
+def read(url: str, retry_s: float = RETRY_S) -> bytes:
+    """A small object. Raises RefusedError where it is not there or not ours to read."""
+    return patiently(url, lambda: locations.read(url), retry_s)
+
+
+def write(url: str, file: Path, retry_s: float = RETRY_S) -> None:
+    """Puts a file at a URL. Raises RefusedError where that is not allowed."""
+    try:
+        patiently(url, lambda: locations.write(url, file), retry_s)
+    except NotImplementedError as error:
+        raise RefusedError(f"{url}: cannot be written") from error
+
+
+def download(
+    tar: Tar, descriptor: int, *, retry_s: float, stop: threading.Event | None = None, on_full: Callable[[], bool]
+) -> int:
+    """Brings a tar into an open file, going on after the bytes it holds; the number of bytes that came.
+
+    on_full: makes room on a full disk; False where it cannot. Raises TornError where the tar is not the one described,
+    OSError (ENOSPC) where the disk stays full, and as `patiently`.
+    """
+    came = 0
+    for attempt in range(1, NUM_DOWNLOADS + 1):
+        source = patiently(tar.url, lambda: Object(tar.url), retry_s, stop)
+        problem = _changed(tar, source)
+        if problem is None:
+            came += _fill(source, tar.num_bytes, descriptor, retry_s, stop, on_full)
+            problem = _wrong(tar, descriptor)
+        if problem is None:
+            os.fsync(descriptor)
+            return came
+        os.ftruncate(descriptor, 0)
+        if attempt < NUM_DOWNLOADS and (stop or threading.Event()).wait(FIRST_DELAY_S * 2**attempt):
+            raise StoppedError
+    raise TornError(f"{tar.url}: {problem}, at {NUM_DOWNLOADS} downloads; upload it again or index it again")
+
+
+def _changed(tar: Tar, found: Object) -> str | None:
+    if found.size != tar.num_bytes:
+        return f"{found.size} bytes where the index says {tar.num_bytes}"
+    if tar.sha256 is None and tar.tag and found.tag != tar.tag:
+        return f"has the tag {found.tag} where the index says {tar.tag}"
+    return None
+
+
+def _wrong(tar: Tar, descriptor: int) -> str | None:
+    size = os.fstat(descriptor).st_size
+    if size != tar.num_bytes:
+        return f"{size} bytes came where the index says {tar.num_bytes}"
+    if tar.sha256 is None:
+        return None
+    digest, at = hashlib.sha256(), 0
+    while block := os.pread(descriptor, 1 << 20, at):
+        digest.update(block)
+        at += len(block)
+    found = digest.hexdigest()
+    return None if found == tar.sha256 else f"sha256 {found[:12]} where the index says {tar.sha256[:12]}"
+
+
+def _fill(
+    source: Object,
+    num_bytes: int,
+    descriptor: int,
+    retry_s: float,
+    stop: threading.Event | None,
+    on_full: Callable[[], bool],
+) -> int:
+    """Reads what is missing, range after range. Bytes that came; the patience is for one range and starts anew."""
+    at = start = min(os.fstat(descriptor).st_size, num_bytes)
+    chunk = CHUNK
+
+    def one_range() -> bytes:
+        nonlocal chunk
+        try:
+            return source.read(at, min(at + chunk, num_bytes))
+        except Exception:
+            chunk = max(SMALLEST_CHUNK, chunk // 2)  # something on the way may not let long answers through
+            raise
+
+    while at < num_bytes:
+        data = patiently(source.url, one_range, retry_s, stop)
+        at = _written(descriptor, data, at, on_full)
+        chunk = min(CHUNK, 2 * chunk)
+        if stop is not None and stop.is_set() and at < num_bytes:
+            raise StoppedError
+    return at - start
+
+
+def _written(descriptor: int, data: bytes, at: int, on_full: Callable[[], bool]) -> int:
+    """Where the next byte goes."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            done = os.pwrite(descriptor, rest, at)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not on_full():
+                raise
+            continue
+        rest, at = rest[done:], at + done
+    return at
+
+
+def fetch(url: str, file: Path, retry_s: float = RETRY_S) -> None:
+    """Downloads an object to a file that is whole or not there."""
+    source = patiently(url, lambda: Object(url), retry_s)
+    with atomic.replacing(file) as part:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _fill(source, source.size, descriptor, retry_s, None, lambda: False)
+        finally:
+            os.close(descriptor)
