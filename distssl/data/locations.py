@@ -164,8 +164,11 @@ def write(url: str, file: Path) -> None:
 
 def status(error: BaseException) -> int | None:
     """The HTTP status that an exception of fsspec means, None where the server gave none."""
+    import aiohttp
+
     each: BaseException | None = error
-    while each is not None:
+    # The cause of a body that is cut calls itself a 400.
+    while each is not None and not isinstance(each, aiohttp.ClientPayloadError):
         response = getattr(each, "response", None)
         if isinstance(response, dict):  # botocore's
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -173,9 +176,15 @@ def status(error: BaseException) -> int | None:
             if isinstance(getattr(each, attribute, None), int):
                 return int(getattr(each, attribute))
         each = each.__cause__
+    error = _cause(error)
     if isinstance(error, FileNotFoundError):
         return 404
     return 403 if isinstance(error, PermissionError) else None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What happened: fsspec says of every HTTP object whose size it cannot ask for that it is not there."""
+    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
 
 
 def is_transient(error: BaseException) -> bool:
@@ -185,7 +194,7 @@ def is_transient(error: BaseException) -> bool:
         return found in RETRIED or found >= 500
     if isinstance(error, NotImplementedError):
         return False
-    return isinstance(error, (OSError, EOFError, asyncio.TimeoutError, *_network_errors()))
+    return isinstance(_cause(error), (OSError, EOFError, asyncio.TimeoutError, *_network_errors()))
 
 
 def is_refused(error: BaseException) -> bool:
@@ -204,8 +213,8 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 def said(error: BaseException) -> str:
     """What happened, in one line, with the status where there is one."""
-    found = status(error)
-    return f"{found} {_line(error)}" if found is not None else _line(error)
+    found, line = status(error), _line(_cause(error))
+    return f"{found} {line}" if found is not None else line
 
 
 def advice(error: BaseException) -> str:
