@@ -55,17 +55,16 @@ class ClusterFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         tree = _merged(path)
+        left = [
+            f"{path}: {key}={value}: fill in its value" for key, value in _leaves(tree) if PLACEHOLDER in str(value)
+        ]
+        if left:
+            raise ConfigError(*left)
         try:
             self.options = Options.model_validate(tree.pop(OURS, None) or {})
         except ValidationError as error:
             mistakes = (settings.explain(Options, item, prefix=OURS) for item in error.errors())
             raise ConfigError(*(f"{path}: {mistake}" for mistake in mistakes)) from None
-        left = [
-            f"{path}: {key}={value}: fill in its value" for key, value in _leaves(tree) if PLACEHOLDER in str(value)
-        ]
-        left += [f"{path}: {OURS}.storage: fill in its value"] * (PLACEHOLDER in str(self.options.storage))
-        if left:
-            raise ConfigError(*left)
         _check_schema(path, tree)
         _check_security(path, tree)
         self.name: str = tree["cluster_name"]

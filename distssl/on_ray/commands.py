@@ -19,7 +19,7 @@ from distssl.on_ray.remote import Cluster, Errand, Target
 __all__ = ["Target", "attach", "down", "logs", "other", "pretrain", "status", "stop"]
 
 JOB_CONFIG = "job.yaml"
-for chatty in ("botocore", "ray.autoscaler"):
+for chatty in ("botocore", "ray"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

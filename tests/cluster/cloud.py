@@ -142,14 +142,12 @@ class Cloud:
                     name, alive = one["InstanceId"], one["State"]["Name"] in ALIVE
                     if alive and name not in on:
                         on[name] = self._boot(one) if self.boots(one) else None
-                    elif not alive and on.get(name):
+                    elif not alive and (host := on.get(name)):
                         self._note("off", one)
-                        on.pop(name).power_off()  # type: ignore[union-attr]
-                        on[name] = None
+                        on[name] = host.power_off()
                 self._stop.wait(0.5)
-            for host in on.values():
-                if host:
-                    host.power_off()
+            for host in filter(None, on.values()):
+                host.power_off()
 
     def _boot(self, one: dict[str, Any]) -> hosts.Host:
         self._note("on", one)

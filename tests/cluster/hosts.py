@@ -127,8 +127,14 @@ class Host:
                 start_new_session=True,
             )
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there, by its path without the first slash."""
+        return (self.folder / name).exists()
+
     def power_off(self) -> None:
-        """At once, as when the plug is pulled."""
+        """At once, as when the plug is pulled; of one that is off, nothing."""
+        if self.name not in self.network.hosts:
+            return
         self.process.send_signal(signal.SIGKILL)  # unshare takes the host's first process with it
         self.process.wait()
         for pid in _in_namespace(self.namespace):

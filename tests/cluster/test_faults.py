@@ -1,0 +1,126 @@
+"""What goes wrong on the way up ends in one line, and leaves nothing running."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import hosts
+from tests.cluster.cloud import ALIVE, ENDPOINT, MOTO_PORT, Cloud
+from tests.cluster.test_aws import cluster_file
+from tests.cluster.user import User
+
+pytestmark = [pytest.mark.cloud, pytest.mark.timeout(400)]
+
+FRONT_PORT = MOTO_PORT + 1
+NO_CAPACITY = """<?xml version="1.0"?><Response><Errors><Error><Code>InsufficientInstanceCapacity</Code>
+<Message>We currently do not have sufficient capacity in the zone you requested.</Message></Error></Errors>
+<RequestID>1</RequestID></Response>"""
+
+
+class Full(http.server.BaseHTTPRequestHandler):
+    """In front of moto: a cloud that has no host to give."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if b"Action=RunInstances" in body:
+            self._send(500, {"Content-Type": "text/xml"}, NO_CAPACITY.encode())
+            return
+        moto = http.client.HTTPConnection(hosts.GATEWAY, MOTO_PORT)
+        moto.request("POST", self.path, body, dict(self.headers))
+        answer = moto.getresponse()
+        self._send(answer.status, {"Content-Type": answer.headers["Content-Type"]}, answer.read())
+        moto.close()
+
+    def _send(self, code: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """It says nothing."""
+
+
+@pytest.fixture
+def full_cloud(cloud: Cloud) -> Iterator[str]:
+    """The address of an AWS that has no host to give."""
+    server = http.server.ThreadingHTTPServer((hosts.GATEWAY, FRONT_PORT), Full)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://{hosts.GATEWAY}:{FRONT_PORT}"
+    server.shutdown()
+    server.server_close()
+
+
+def fails(user: User, file: Path, told: str, code: int, **environment: str) -> None:
+    user.environment = {**user.environment, **environment}
+    left, said = user.run("--cluster", file, "--detach", within_s=200)
+    assert left == code, said
+    assert "Traceback" not in said
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, said
+    assert told in errors[0]
+
+
+def nothing_is_left(cloud: Cloud) -> None:
+    assert not cloud.instances(*ALIVE)
+    groups = cloud.client("ec2").describe_security_groups()["SecurityGroups"]
+    assert {group["GroupName"] for group in groups} == {"default"}
+
+
+def test_no_credentials(cloud: Cloud, user: User, shared: Path) -> None:
+    user.environment = {name: value for name, value in user.environment.items() if "KEY" not in name}
+    fails(user, cluster_file(cloud, shared), "no AWS credentials", 2)
+    nothing_is_left(cloud)
+
+
+def test_wrong_credentials(cloud: Cloud, user: User, shared: Path) -> None:
+    file = cluster_file(cloud, shared)
+    urllib.request.urlopen(urllib.request.Request(f"{ENDPOINT}/moto-api/reset-auth", b"0", method="POST")).close()
+    fails(user, file, "AWS refuses", 2, AWS_ACCESS_KEY_ID="AKIAWRONG")
+    urllib.request.urlopen(urllib.request.Request(f"{ENDPOINT}/moto-api/reset-auth", b"100000", method="POST")).close()
+    nothing_is_left(cloud)
+
+
+def test_an_image_that_does_not_exist(cloud: Cloud, user: User, shared: Path) -> None:
+    cloud.image, image = "ami-0000000000000dead", cloud.image
+    file = cluster_file(cloud, shared)
+    left, said = user.run("--cluster", file, "--detach")
+    assert left == 2, said
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2  # the head's and the workers'
+    assert all("ImageId=ami-0000000000000dead: no such image in us-west-2" in line for line in errors)
+    cloud.image = image
+    nothing_is_left(cloud)
+
+
+def test_no_capacity(cloud: Cloud, user: User, shared: Path, full_cloud: str) -> None:
+    fails(user, cluster_file(cloud, shared), "InsufficientInstanceCapacity", 1, AWS_ENDPOINT_URL=full_cloud)
+    nothing_is_left(cloud)
+
+
+def test_a_head_that_never_answers_ssh(cloud: Cloud, user: User, shared: Path) -> None:
+    cloud.boots = lambda instance: False
+    file = cluster_file(cloud, shared)
+    fails(user, file, "the head does not answer SSH", 1, AUTOSCALER_NODE_START_WAIT_S="10")
+    nothing_is_left(cloud)
+
+
+def test_a_head_that_dies_while_it_is_set_up(cloud: Cloud, user: User, shared: Path) -> None:
+    file = cluster_file(cloud, shared, setup_commands=["echo setting up; touch ~/half; sleep 60"])
+    command = user.start("--cluster", file, "--detach")
+    command.until(lambda said: any(host.has("root/half") for host in cloud.network.hosts.values()), "set-up", 120)
+    for host in list(cloud.network.hosts.values()):
+        host.power_off()
+    assert command.end(200) == 1, command.said
+    assert "Traceback" not in command.said
+    (error,) = [line for line in command.said.splitlines() if line.startswith("error:")]
+    assert "nothing is left running" in error
+    nothing_is_left(cloud)
