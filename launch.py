@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from distssl import atomic, config, report, settings
-from distssl.config import Run
 from distssl.errors import ConfigError, RunError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
@@ -36,7 +35,8 @@ DownWhenDone = Annotated[bool, typer.Option("--down-when-done", help="End the cl
 Job = Annotated[
     str | None, typer.Argument(metavar="[JOB]", help="A job, or the name of its run; the newest by default.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/demo.")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its URL, for example runs/demo.")]
+Storage = Annotated[str | None, typer.Option("--storage", help="Folder or URL of run folders: s3://bucket/runs.")]
 
 
 @app.command()
@@ -44,6 +44,7 @@ def pretrain(
     overrides: Overrides = None,
     config_file: ConfigFile = DEFAULT_CONFIG,
     workers: Workers = None,
+    storage: Storage = None,
     cluster: ClusterFile = None,
     address: Address = None,
     detach: Detach = False,
@@ -51,6 +52,7 @@ def pretrain(
 ) -> None:
     """Pretrain a backbone on unlabelled images and show what it bought. Run again, it goes on where it was."""
     overrides = [*(overrides or []), *([f"machine.workers={workers}"] if workers is not None else [])]
+    overrides += [f"machine.storage={storage}"] if storage else []
     if cluster or address:
         commands = _cluster_commands()
         target = commands.Target(cluster, address, detach, down_when_done)
@@ -71,36 +73,29 @@ def evaluate(
     detach: Detach = False,
 ) -> None:
     """Evaluate a run's newest checkpoint, the same backbone untrained, and one trained on the labels alone."""
-    from distssl import job
+    from distssl import job, run_folder
 
     tasks = None if task == "all" else task.split(",")
     for name in tasks or ():
         if name not in config.TASKS:
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
     if cluster or address:
-        command = ["evaluate", str(run), "--task", task, *(overrides or [])]
-        _on_cluster(f"evaluate-{run.name}", command, {}, cluster, address, detach)
+        command = ["evaluate", run, "--task", ",".join(tasks) if tasks else "all", *(overrides or [])]
+        _on_cluster(f"evaluate-{Path(run).name}", command, {}, cluster, address, detach)
     from distssl.on_ray import here
 
-    loaded = _run_of(run, overrides or [])
-    with here.one_of_the_ranks(run.resolve(), lambda: job.folders(loaded, tasks or config.TASKS)) as ours:
-        job.evaluate_run(loaded, ours, tasks)
+    found = run_folder.find(run, overrides or [])
+    with here.one_of_the_ranks(found.folder, lambda: job.folders(found.run, tasks or config.TASKS)) as ours:
+        job.evaluate_run(found.run, ours, tasks)
         if ours.rank == 0:
-            report.show(run.resolve(), console)
-
-
-def _run_of(folder: Path, overrides: list[str]) -> Run:
-    from distssl import job, method
-
-    if not (folder / job.CONFIG).exists():
-        raise ConfigError(f"{folder}: no run there; a run folder with {job.CONFIG} is right")
-    return config.load(folder / job.CONFIG, overrides, method.options)
+            report.show(found.folder, console, found.run.run_url)
 
 
 @app.command()
 def sweep(
     config_file: Annotated[Path, typer.Option("--config", help="A YAML file as those in configs/sweep.")],
     overrides: Overrides = None,
+    storage: Storage = None,
     cluster: ClusterFile = None,
     address: Address = None,
     detach: Detach = False,
@@ -113,7 +108,7 @@ def sweep(
     from distssl import sweep as sweeps
     from distssl.on_ray import sweep as on_ray
 
-    swept = sweeps.load(config_file, overrides or [])
+    swept = sweeps.load(config_file, [*(overrides or []), *([f"storage={storage}"] if storage else [])])
     sweeps.claim(swept)
     console.print(f"sweep {swept.name}: {swept.num_trials} trials of {swept.task}, {swept.parallel} at a time")
     outcomes = on_ray.run(swept, lambda outcome: console.print(report.outcome(outcome), soft_wrap=True, markup=False))
@@ -122,18 +117,19 @@ def sweep(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, for example runs/*.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders or URLs, for example runs/*.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default `compare` beside the first.")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
 ) -> None:
     """Compare runs: a table here, report.html, and one TensorBoard with all of them."""
     import webbrowser
 
-    from distssl import board, page
+    from distssl import board, page, run_folder
     from distssl import compare as comparing
 
-    out = (out or runs[0].resolve().parent / "compare").resolve()
-    comparison = comparing.collect([run for run in runs if run.resolve() != out] or runs)  # runs/* has it too
+    out = (out or run_folder.beside(runs[0]) / "compare").resolve()
+    others = [run for run in runs if Path(run).resolve() != out] or runs  # runs/* has it too
+    comparison = comparing.collect(run_folder.with_records(others))
     atomic.make_folder(out)
     with atomic.locked(out):
         page.write(comparison, out / "report.html", shlex.join(["python", "launch.py", *sys.argv[1:]]))
@@ -155,8 +151,11 @@ def export(
 ) -> None:
     """Write a run's backbone for other programs, after proving on images that it gives the same features."""
     from distssl import export as exporting
+    from distssl import run_folder
 
-    done = exporting.export(_run_of(run, []), run.resolve(), form, out, licence)
+    found = run_folder.with_checkpoint(run)
+    done = exporting.export(found.run, found.folder, form, out, licence)
+    run_folder.give_back(found, done.file.parent)
     how_far = f"largest error {done.error:.1e}, {done.relative_error:.1e} of the largest feature"
     console.print(f"{done.file}: {how_far}", soft_wrap=True, markup=False)
 

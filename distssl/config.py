@@ -153,7 +153,7 @@ class Machine(Section):
     @field_validator("storage", mode="after")
     @classmethod
     def _absolute_or_url(cls, place: str) -> str:
-        return remote.checked(place) if remote.is_url(place) else str(Path(place).expanduser().absolute())
+        return remote.absolute(place)
 
 
 class Run(Section):

@@ -48,6 +48,11 @@ def checked(url: str) -> str:
     return f"{scheme}://{path.rstrip('/')}"
 
 
+def absolute(place: str) -> str:
+    """A path or URL for processes that run in another folder. Raises ValueError as `checked` does."""
+    return checked(place) if is_url(place) else str(Path(place).expanduser().absolute())
+
+
 class Remote:
     """A folder at a URL. Files go by their names, counted from it. Threads may share it.
 

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from distssl.verify import Verdict
 
 
-def show(run_dir: Path, console: Console) -> None:
-    """Print the table of a run, where its folder is and how to open TensorBoard."""
+def show(run_dir: Path, console: Console, url: str | None = None) -> None:
+    """Print the table of a run, where its folder is and how to open TensorBoard. url: where it is not `run_dir`."""
     rows = read_summary(run_dir)
     if rows:
         console.print(table(rows))
     tensorboard = Path(sys.executable).parent / "tensorboard"
-    console.print(f"run folder:  {run_dir}", soft_wrap=True)
-    console.print(f"TensorBoard: {tensorboard} --logdir {run_dir.parent}", soft_wrap=True)
+    console.print(f"run folder:  {url or run_dir}", soft_wrap=True)
+    logdir = url.rpartition("/")[0] if url else run_dir.parent
+    console.print(f"TensorBoard: {tensorboard} --logdir {logdir}", soft_wrap=True)
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from distssl import atomic, config, job, method, settings
-from distssl.config import Run, Section, TaskName
+from distssl import atomic, config, job, mirror, remote, run_folder, settings
+from distssl.config import Machine, Run, Section, TaskName
 from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, METRICS
 from distssl.errors import ConfigError
 
+FILE = "sweep.yaml"
 OWN_KEYS = ("run", "backbone", "labels")  # of a space, beside the keys of a run's config that begin with eval.
 
 
@@ -66,7 +67,7 @@ class Halving(Section):
 class Sweep(Section):
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = 0
-    runs: tuple[Path, ...] = Field(min_length=1, description="run folders; `run` in the space chooses among them")
+    runs: tuple[str, ...] = Field(min_length=1, description="folders or URLs; `run` in the space chooses among them")
     task: TaskName = "linear"
     metric: str = "accuracy"
     num_trials: PositiveInt = 12
@@ -75,7 +76,7 @@ class Sweep(Section):
     overrides: tuple[str, ...] = Field(default=(), description="key=value, the same for all trials")
     space: dict[str, Dimension] = Field(min_length=1)
     halving: Halving | None = Halving()
-    storage: Path = Field(default=Path("runs/sweeps"), validate_default=True)
+    storage: str = Field(default="runs/sweeps", validate_default=True, description="a folder or a URL")
 
     @field_validator("space", mode="after")
     @classmethod
@@ -87,16 +88,24 @@ class Sweep(Section):
 
     @field_validator("storage", mode="after")
     @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+    def _absolute(cls, place: str) -> str:
+        return remote.absolute(place)
 
     @property
     def mode(self) -> Literal["min", "max"]:
         return "min" if self.metric in LOWER_IS_BETTER else "max"
 
     @property
+    def url(self) -> str | None:
+        """Where the sweep's folder lies, if that is no path."""
+        return f"{self.storage}/{self.name}" if remote.is_url(self.storage) else None
+
+    @property
     def folder(self) -> Path:
-        return self.storage / self.name
+        """The sweep's folder, or this machine's copy of it."""
+        if self.url:
+            return mirror.working_copy(self.storage, self.name, Machine().cache / "sweeps")
+        return Path(self.storage) / self.name
 
 
 def load(file: Path, overrides: Sequence[str]) -> Sweep:
@@ -108,9 +117,11 @@ def load(file: Path, overrides: Sequence[str]) -> Sweep:
         raise ConfigError(*(settings.explain(Sweep, item) for item in error.errors())) from None
     if sweep.metric not in METRICS[sweep.task]:
         raise ConfigError(f"metric={sweep.metric}: {sweep.task} has {', '.join(METRICS[sweep.task])}")
-    for folder in sweep.runs:
-        if not (folder / job.CONFIG).exists():
-            raise ConfigError(f"runs: {folder}: no run there; run folders with {job.CONFIG} are right")
+    for place in sweep.runs:
+        try:
+            run_folder.find(place)
+        except ConfigError as error:
+            raise ConfigError(*(f"runs: {message}" for message in error.messages)) from None
     for point in corners(sweep):
         trial(sweep, point)
     return sweep
@@ -127,9 +138,10 @@ def corners(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 class Trial(Section):
-    """One evaluation."""
+    """One evaluation. place: the run's folder or URL; folder: that, or a copy on the machine this was made on."""
 
-    folder: Path  # of the run
+    place: str
+    folder: Path
     run: Run
     backbone: Literal["random", "pretrained", "supervised"]
     labels: int | str | None
@@ -139,19 +151,19 @@ class Trial(Section):
         own, ours = config.science(config.parse((self.folder / job.CONFIG).read_text())), config.science(self.run)
         changed = {key: value for key, value in ours.items() if value != own.get(key)}
         keys = " ".join(f"'{key}={json.dumps(value)}'" for key, value in changed.items())
-        return f"python launch.py evaluate {self.folder} --task {task} {keys}"
+        return f"python launch.py evaluate {self.place} --task {task} {keys}"
 
 
 def trial(sweep: Sweep, point: Mapping[str, Any]) -> Trial:
     """The evaluation at a point. Raises ConfigError where a value is not right."""
-    folder = Path(point.get("run", sweep.runs[0])).absolute()
+    place = remote.absolute(str(point.get("run", sweep.runs[0])))
     backbone, labels = point.get("backbone", "pretrained"), point.get("labels")
     if backbone not in BACKBONES:
         raise ConfigError(f"space.backbone: {backbone}: {', '.join(BACKBONES)} are right")
     changes = [f"{key}={json.dumps(value)}" for key, value in point.items() if key not in OWN_KEYS]
     changes += [f"eval.labels={json.dumps([labels])}", f'eval.backbones=["{backbone}"]', "eval.num_seeds=1"]
-    run = config.load(folder / job.CONFIG, [*sweep.overrides, *changes], method.options)
-    return Trial(folder=folder, run=run, backbone=backbone, labels=labels)
+    found = run_folder.find(place, [*sweep.overrides, *changes])
+    return Trial(place=place, folder=found.folder, run=found.run, backbone=backbone, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -185,15 +197,29 @@ def best(sweep: Sweep, outcomes: Sequence[Outcome]) -> Outcome | None:
 def claim(sweep: Sweep) -> None:
     """Write the sweep's file into its folder. Raises ConfigError where the folder holds another sweep."""
     atomic.make_folder(sweep.folder)
-    path = sweep.folder / "sweep.yaml"
+    path = sweep.folder / FILE
     text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False)
-    if path.exists() and path.read_text() != text:
-        raise ConfigError(f"{sweep.folder}: holds another sweep of this name; say name=ANOTHER")
+    if sweep.url:
+        there = remote.Remote(sweep.url)
+        found = there.read(FILE)
+        there.check()
+    else:
+        found = path.read_bytes() if path.exists() else None
+    if found is not None and found.decode() != text:
+        raise ConfigError(f"{sweep.url or sweep.folder}: holds another sweep of this name; say name=ANOTHER")
     with atomic.replacing(path) as part:
         part.write_text(text)
+    _put(sweep, path)
 
 
 def keep(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
     """Write outcomes.jsonl into the sweep's folder: a line a trial."""
-    with atomic.replacing(sweep.folder / "outcomes.jsonl") as part:
+    path = sweep.folder / "outcomes.jsonl"
+    with atomic.replacing(path) as part:
         part.write_text("".join(f"{json.dumps(asdict(outcome))}\n" for outcome in outcomes))
+    _put(sweep, path)
+
+
+def _put(sweep: Sweep, path: Path) -> None:
+    if sweep.url:
+        remote.Remote(sweep.url).put(path.name, path)

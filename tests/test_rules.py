@@ -34,6 +34,7 @@ LEVELS = [
     ["epoch_start"],
     ["train"],
     ["job", "verify"],
+    ["run_folder"],
     ["sweep", "model_card", "export"],
     ["progress", "report", "svg"],
     ["compare"],

@@ -134,7 +134,7 @@ def wait_for(look: Any, timeout_s: float = 120) -> Any:
 def test_a_trial_goes_on_if_it_is_among_the_best_of_earlier_batches() -> None:
     swept = Sweep(
         name="x",
-        runs=(Path("x"),),
+        runs=("x",),
         parallel=2,
         halving=Halving(first=10, factor=2),
         space={"labels": {"choice": [1]}},  # type: ignore[dict-item]
