@@ -142,7 +142,8 @@ class Remote:
 
 def _names(fs: Any, root: str, below: str) -> list[str]:
     folder = f"{root}/{below}".rstrip("/")
-    return [path[len(root) + 1 :] for path in fs.find(folder) if path.startswith(f"{folder}/")]
+    inside = [path for path in fs.find(folder) if path.startswith(f"{folder}/")]
+    return [path[len(root) + 1 :] for path in inside if not path.endswith("/")]  # Ray and consoles mark folders so
 
 
 def _remove(fs: Any, root: str, name: str) -> None:
