@@ -7,8 +7,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 import yaml
@@ -17,8 +16,11 @@ from rich.logging import RichHandler
 
 from distssl import atomic, config, report, settings
 from distssl.errors import ConfigError, RunError
+from distssl.on_ray import command_line
+from distssl.on_ray.command_line import Address, ClusterFile, Detach, DownWhenDone
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(command_line.app)
 console = Console()
 errors = Console(stderr=True)
 
@@ -26,15 +28,6 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 ConfigFile = Annotated[Path, typer.Option("--config", help="A YAML file; configs/ has one for each method.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=20.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: this one alone, without Ray.")]
-ClusterFile = Annotated[
-    Path | None, typer.Option("--cluster", help="A cluster file as those in cluster/; run it there.")
-]
-Address = Annotated[str | None, typer.Option(help="Or the dashboard's URL of a cluster that somebody else runs.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Do not follow the job on the cluster.")]
-DownWhenDone = Annotated[bool, typer.Option("--down-when-done", help="End the cluster with the job.")]
-Job = Annotated[
-    str | None, typer.Argument(metavar="[JOB]", help="A job, or the name of its run; the newest by default.")
-]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its URL, for example runs/demo.")]
 Storage = Annotated[str | None, typer.Option("--storage", help="Folder or URL of run folders: s3://bucket/runs.")]
 
@@ -54,9 +47,7 @@ def pretrain(
     overrides = [*(overrides or []), *([f"machine.workers={workers}"] if workers is not None else [])]
     overrides += [f"machine.storage={storage}"] if storage else []
     if cluster or address:
-        commands = _cluster_commands()
-        target = commands.Target(cluster, address, detach, down_when_done)
-        raise typer.Exit(commands.pretrain(config_file, overrides, target, console))
+        command_line.pretrain(config_file, overrides, cluster, address, detach, down_when_done)
     from distssl import method
     from distssl.on_ray import here
 
@@ -81,7 +72,7 @@ def evaluate(
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
     if cluster or address:
         command = ["evaluate", run, "--task", ",".join(tasks) if tasks else "all", *(overrides or [])]
-        _on_cluster(f"evaluate-{Path(run).name}", command, {}, cluster, address, detach)
+        command_line.other(f"evaluate-{Path(run).name}", command, {}, cluster, address, detach)
     from distssl.on_ray import here
 
     found = run_folder.find(run, overrides or [])
@@ -104,7 +95,7 @@ def sweep(
     if cluster or address:
         command = ["sweep", "--config", "job.yaml", *(overrides or [])]
         files = {"job.yaml": yaml.safe_dump(settings.read(config_file, overrides or []))}
-        _on_cluster(f"sweep-{config_file.stem}", command, files, cluster, address, detach)
+        command_line.other(f"sweep-{config_file.stem}", command, files, cluster, address, detach)
     from distssl import sweep as sweeps
     from distssl.on_ray import sweep as on_ray
 
@@ -199,7 +190,7 @@ def verify(
 
     if cluster or address:
         command = ["verify", "--methods", methods, "--world-sizes", world_sizes]
-        _on_cluster("verify", command, {}, cluster, address, False)
+        command_line.other("verify", command, {}, cluster, address)
     from distssl import method
     from distssl import verify as certificate
     from distssl.on_ray import place
@@ -226,59 +217,6 @@ def _whole_numbers(key: str, text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-@app.command()
-def attach(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
-    """Follow a job on a cluster again."""
-    _speak("attach", job, cluster=cluster, address=address)
-
-
-@app.command()
-def status(cluster: ClusterFile = None, address: Address = None) -> None:
-    """Show a cluster's hosts, what they cost, and its jobs."""
-    _speak("status", cluster=cluster, address=address)
-
-
-@app.command()
-def logs(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
-    """Print what a job has said so far."""
-    _speak("logs", job, cluster=cluster, address=address)
-
-
-@app.command()
-def stop(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
-    """Have a job save a checkpoint and stop; the cluster stays."""
-    _speak("stop", job, cluster=cluster, address=address)
-
-
-@app.command()
-def down(cluster: ClusterFile = None) -> None:
-    """End every host of a cluster."""
-    _speak("down", cluster=cluster, address=None)
-
-
-def _cluster_commands() -> ModuleType:
-    from distssl.on_ray import token
-
-    token.prepare()  # Ray looks for it when it is imported
-    from distssl.on_ray import commands
-
-    return commands
-
-
-def _on_cluster(
-    name: str, command: list[str], files: dict[str, str], cluster: Path | None, address: str | None, detach: bool
-) -> NoReturn:
-    commands = _cluster_commands()
-    raise typer.Exit(commands.other(name, command, files, commands.Target(cluster, address, detach), console))
-
-
-def _speak(command: str, *job: str | None, cluster: Path | None, address: str | None) -> NoReturn:
-    if not cluster and not address:
-        raise ConfigError(f"{command}: say which cluster, for example --cluster cluster/aws.yaml")
-    commands = _cluster_commands()
-    raise typer.Exit(getattr(commands, command)(*job, commands.Target(cluster, address), console))
-
-
 def _describe(folder: Path | str) -> None:
     from distssl.data.shards import Dataset
 
@@ -289,7 +227,8 @@ def _describe(folder: Path | str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run one command; the exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped."""
-    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    registered = (*app.registered_commands, *command_line.app.registered_commands)
+    commands = {command.callback.__name__ for command in registered if command.callback}
     if not arguments or arguments[0] not in commands | {"--help"}:
         arguments = ["pretrain", *arguments]
     handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)

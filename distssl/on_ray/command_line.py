@@ -1,0 +1,82 @@
+"""The command line's part about clusters. Imports no Ray, which takes seconds and looks for its token when imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from distssl.errors import ConfigError
+from distssl.on_ray import token
+
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="Run it there: a cluster file, as those in cluster/.")
+]
+Address = Annotated[str | None, typer.Option(help="Or the dashboard's URL of a cluster that somebody else runs.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Do not follow the job on the cluster.")]
+DownWhenDone = Annotated[bool, typer.Option("--down-when-done", help="End the cluster with the job.")]
+Job = Annotated[
+    str | None, typer.Argument(metavar="[JOB]", help="A job, or the name of its run; the newest by default.")
+]
+
+app = typer.Typer()
+console = Console()
+
+
+@app.command()
+def attach(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
+    """Follow a job on a cluster again."""
+    _speak("attach", job, cluster=cluster, address=address)
+
+
+@app.command()
+def status(cluster: ClusterFile = None, address: Address = None) -> None:
+    """Show a cluster's hosts, what they cost, and its jobs."""
+    _speak("status", cluster=cluster, address=address)
+
+
+@app.command()
+def logs(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
+    """Print what a job has said so far."""
+    _speak("logs", job, cluster=cluster, address=address)
+
+
+@app.command()
+def stop(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
+    """Have a job save a checkpoint and stop; the cluster stays."""
+    _speak("stop", job, cluster=cluster, address=address)
+
+
+@app.command()
+def down(cluster: ClusterFile = None) -> None:
+    """End every host of a cluster."""
+    _speak("down", cluster=cluster, address=None)
+
+
+def pretrain(config_file: Path, overrides: list[str], *target: Path | str | bool | None) -> NoReturn:
+    """The main job on a cluster. target: as `remote.Target` has it."""
+    commands = _commands()
+    raise typer.Exit(commands.pretrain(config_file, overrides, commands.Target(*target), console))
+
+
+def other(name: str, command: list[str], files: dict[str, str], *target: Path | str | bool | None) -> NoReturn:
+    """Another command of launch.py on a cluster. files: by name, to lie beside launch.py there."""
+    commands = _commands()
+    raise typer.Exit(commands.other(name, command, files, commands.Target(*target), console))
+
+
+def _speak(command: str, *job: str | None, cluster: Path | None, address: str | None) -> NoReturn:
+    if not cluster and not address:
+        raise ConfigError(f"{command}: say which cluster, for example --cluster cluster/aws.yaml")
+    commands = _commands()
+    raise typer.Exit(getattr(commands, command)(*job, commands.Target(cluster, address), console))
+
+
+def _commands() -> ModuleType:
+    token.prepare()
+    from distssl.on_ray import commands
+
+    return commands
