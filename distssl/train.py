@@ -200,8 +200,7 @@ class Training:
     def _log(self) -> bool:
         """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
         seconds = self.window.seconds()
-        figures = self.window.means() | self.dataset.take_figures()
-        figures |= {"data_wait": self.window.waited_s / seconds, "gradient_norm": self.window.gradient_norm.item()}
+        figures = self.window.figures() | self.dataset.take_figures()
         steps_per_s = self.window.num_batches / self.cfg.train.accumulate / seconds
         outputs, views = self.window.outputs, self.window.views
         self.window.reset()  # here, so that the time logging takes is counted too

@@ -118,7 +118,7 @@ def record(case: Case, packed: Path, storage: Path) -> Record:
         for _ in range(STEPS):
             training.window.reset()
             training.take_step(batches)
-            loss = _float64([training.window.means()["loss"]])
+            loss = _float64([training.window.figures()["loss"]])
             losses.append(float(collectives.sum_(loss)) / collectives.world_size())
             gradients.append(_gradient(training.method))
         training.close()

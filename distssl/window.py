@@ -31,10 +31,11 @@ class Window:
         self.outputs, self.views = outputs, views
         self._scalars.append({name: value.detach() for name, value in outputs.items() if value.ndim == 0})
 
-    def means(self) -> dict[str, float]:
-        """Mean of each scalar output on this rank."""
+    def figures(self) -> dict[str, float]:
+        """What this rank has to log: the mean of each scalar output, the gradient's norm, the share of waiting."""
         names = self._scalars[0].keys()
-        return {name: torch.stack([row[name].double() for row in self._scalars]).mean().item() for name in names}
+        means = {name: torch.stack([row[name].double() for row in self._scalars]).mean().item() for name in names}
+        return means | {"data_wait": self.waited_s / self.seconds(), "gradient_norm": self.gradient_norm.item()}
 
     def seconds(self) -> float:
         """Wall-clock since the last reset without the pauses."""

@@ -108,6 +108,10 @@ class RayContext(Context):
             if self._told:
                 self._desk.note.remote(json.dumps({"step": step, **metrics}))
 
+    def __exit__(self, *exc_info: object) -> None:
+        self._gauges.close()
+        super().__exit__(*exc_info)
+
 
 def _evaluate(evaluate: Callable[[], dict[str, float]], threads: int) -> dict[str, float]:
     """The whole of a task of Ray's."""

@@ -23,6 +23,7 @@ import pytest
 from distssl import config, monitor
 from distssl.on_ray.gauges import GAUGES
 from tests import processes, runs
+from tests.object_server import ObjectServer
 
 pytestmark = pytest.mark.cloud
 
@@ -30,7 +31,6 @@ ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 240  # for anything a busy machine may take its time with
 EPOCHS, STEPS_PER_EPOCH = 4, 7
 DASHBOARD = json.loads((ROOT / "cluster/grafana/distssl.json").read_text())
-LOCAL = {"cache_hit_rate"}  # what a run on local shards does not export
 
 
 class Prometheus:
@@ -130,7 +130,8 @@ def watched(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "eval.tasks=[knn,linear]",
         "eval.labels=[20,30,40,50,60,null]",
     ]
-    run = runs.tiny(runs.packed(storage / "photos"), storage, "name=watched", *overrides)
+    shards = ObjectServer(runs.packed(storage / "photos"))
+    run = runs.tiny(Path("shards"), storage, "name=watched", f"data.source={shards.url}", *overrides)
     tmpdir = Path(tempfile.mkdtemp(prefix="ray-"))  # pytest's are too long for Ray's sockets
     with training(run, storage, tmpdir) as driver:
         of_ray = ray_configuration(tmpdir, driver)
@@ -139,6 +140,7 @@ def watched(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         with scraping(program, storage / "prometheus.yml", storage) as prometheus:
             assert driver.wait(WAIT_S) == 0, (storage / "driver.log").read_text()
             yield prometheus, run.run_dir
+    shards.stop()
     shutil.rmtree(tmpdir)
 
 
@@ -146,7 +148,7 @@ def logged(run_dir: Path, metric: str) -> list[float]:
     return [row[metric] for row in monitor.read_jsonl(run_dir / monitor.METRICS) if metric in row]
 
 
-@pytest.mark.parametrize("name", sorted(GAUGES.keys() - LOCAL))
+@pytest.mark.parametrize("name", sorted(GAUGES))
 def test_prometheus_has_seen_what_the_run_logged(watched: tuple[Prometheus, Path], name: str) -> None:
     prometheus, run_dir = watched
     seen = [value for _, value in prometheus.samples(f'ray_distssl_{name}{{run="watched", method="simclr"}}')]
@@ -205,7 +207,7 @@ def test_every_metric_of_the_grafana_dashboard_exists(watched: tuple[Prometheus,
     used = {name for expression in expressions(DASHBOARD) for name in metrics_of(expression)}
     used |= {name for found in of_variables if found for name in metrics_of(found[1])}
     assert {f"ray_distssl_{name}" for name in GAUGES} <= used
-    assert used - there - of_gpus() == {f"ray_distssl_{name}" for name in LOCAL}
+    assert not used - there - of_gpus()
     for found in of_variables:
         assert found
         assert prometheus.ask(f"label/{found[2]}/values")
@@ -215,9 +217,8 @@ def test_every_panel_of_the_grafana_dashboard_shows_something(watched: tuple[Pro
     """Each expression has a value at a time of the run, with Grafana's variables filled in."""
     prometheus, _ = watched
     at = prometheus.samples("ray_distssl_knn")[-1][0]
-    missing = of_gpus() | {f"ray_distssl_{name}" for name in LOCAL}
     for expression in expressions(DASHBOARD):
         filled = expression.replace("$run", "watched").replace("$method", "simclr").replace("$session", ".+")
         assert "$" not in filled
         found = prometheus.ask("query", query=filled, time=at)["result"]
-        assert bool(found) != (metrics_of(expression) <= missing), expression
+        assert bool(found) != (metrics_of(expression) <= of_gpus()), expression
