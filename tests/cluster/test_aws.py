@@ -24,7 +24,7 @@ SETTINGS = [
     "train.precision=float64",  # so that the order of a sum over ranks is all but invisible
     f"train.epochs={EPOCHS}",
     "eval.tasks=[]",
-    "checkpoint.every=50",
+    "checkpoint.every=1000",  # so that the one before the host goes is that of its notice
     "name=e2e",
 ]
 
