@@ -107,6 +107,23 @@ def sweep(
 
 
 @app.command()
+def plan(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    cluster: Annotated[Path | None, typer.Option(help="A file as those in cluster/: its machines and prices.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What --save wrote; else a few steps are taken here.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep what was measured, for --calibration.")] = None,
+) -> None:
+    """Say what a run would take (steps, hours, cost) and what limits it, from a few measured steps."""
+    from distssl import forecast, method
+
+    run = config.load(config_file, overrides or [], method.options)
+    forecast.show(forecast.make(run, cluster, calibration, save), console)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders or URLs, for example runs/*.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default `compare` beside the first.")] = None,

@@ -27,15 +27,15 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return [mistake for text in overrides for mistake in _override(tree, text)]
 
 
-def read_file(file: Path) -> dict[str, Any]:
+def read_file(file: Path, option: str = "--config") -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text())
     except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror}; a YAML file is right") from None
+        raise ConfigError(f"{option} {file}: {error.strerror}; a YAML file is right") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{option} {file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"--config {file}: holds {type(tree).__name__}; a mapping of sections is right")
+        raise ConfigError(f"{option} {file}: holds {type(tree).__name__}; a mapping of sections is right")
     return tree
 
 

@@ -34,10 +34,11 @@ LEVELS = [
     ["epoch_start"],
     ["train"],
     ["job", "verify"],
-    ["run_folder"],
+    ["run_folder", "estimate", "prices"],
+    ["calibrate"],
     ["sweep", "model_card", "export"],
     ["progress", "report", "svg"],
-    ["compare"],
+    ["compare", "forecast"],
     ["page", "board"],
     ["on_ray"],
 ]

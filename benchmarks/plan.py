@@ -1,0 +1,197 @@
+"""Does `plan` tell the truth? Its images/s at two workers, and its all-reduce at eight, against what is then measured.
+
+Command: python benchmarks/plan.py            (--part scaling|allreduce, --repeats N; allreduce needs root)
+
+scaling: the demo's config. A calibration of single workers (two jobs side by side that do not talk; and one alone, for
+comparison) predicts two; then two gloo ranks train. In turn, in alternating order, and what is compared are neighbours.
+allreduce: eight hosts behind slow links (shaped_links.py). alpha and beta are fitted at two and four ranks, all-reduces
+of eight are predicted, and timed. Beside it the textbook's ring, 2 (W - 1) (alpha + n beta / W), fitted to the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import all_reduces
+import numpy as np
+import provenance
+import shaped_links
+
+from distssl import calibrate, collectives, config, estimate, job, method, train
+from distssl.calibrate import Calibration, Data
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data.shards import Dataset
+from distssl.estimate import Links, Measured, Timing
+
+LOG_EVERY = 10
+WINDOWS = 2  # of LOG_EVERY steps, after one to warm up
+SIDE_BY_SIDE, ALONE = "two jobs side by side", "one job alone"
+FITTED, PREDICTED = (2, 4), 8
+REDUCED = ((1 << 10, 15), (250_000, 9), (1_000_000, 5), (4_000_000, 3), (16_000_000, 3), (100_000_000, 3))
+
+
+class Stamps(Context):
+    """Notes when the run logs, and stops it after WINDOWS windows and the first."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir)
+        self.at: list[float] = []
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        self.at.append(time.perf_counter())
+
+    def stop_requested(self) -> bool:
+        return len(self.at) >= WINDOWS  # asked in the middle of the line being logged
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Images/s of two workers: as predicted from each kind of calibration, and as they were."""
+
+    predicted: dict[str, float]
+    measured: float
+
+    def error(self, kind: str) -> float:
+        return self.predicted[kind] / self.measured - 1
+
+
+def measure_scaling(repeats: int, overrides: Sequence[str]) -> list[Pair]:
+    free = ["eval.tasks=[]", "eval.every=null", f"train.log_every={LOG_EVERY}", "checkpoint.every=1000000"]
+    run = config.load(provenance.ROOT / "configs/default.yaml", [*free, *overrides], method.options)
+    folders = job.folders(run, ())
+    data = Data(folders.data, folders.labelled)
+    pairs = []
+    for repeat in range(repeats):
+        if repeat % 2:
+            measured = _train(run, data)
+            predicted = _predict(run, data)
+        else:
+            predicted = _predict(run, data)
+            measured = _train(run, data)
+        pairs.append(Pair(predicted, measured))
+        errors = ", ".join(f"{pairs[-1].error(kind):+.1%} ({kind})" for kind in predicted)
+        print(f"scaling {repeat + 1}/{repeats}: {measured:.0f} images/s, predicted {errors}", flush=True)
+    return pairs
+
+
+def _predict(run: Run, data: Data) -> dict[str, float]:
+    """Images/s of two workers from one calibration."""
+    half = run.data.global_batch // 2
+    made = calibrate.measure(run, data, [(half, 1), (half, 2)])
+    return {
+        kind: _two_workers(made, next(timing for timing in made.timings if timing.beside == beside))
+        for kind, beside in ((SIDE_BY_SIDE, 2), (ALONE, 1))
+    }
+
+
+def _two_workers(made: Calibration, timing: Timing) -> float:
+    talk = {"gradient_bytes": made.gradient_bytes, "blocking": made.blocking}
+    return estimate.step(timing, 2, made.links, **talk, overlap=False).images_per_s
+
+
+def _train(run: Run, data: Data) -> float:
+    """Images/s of two ranks that train."""
+    with tempfile.TemporaryDirectory(prefix="distssl-plan-") as folder:
+        step_s = collectives.launch(_step_s, 2, run, data, folder)[0]
+    return run.data.global_batch / step_s
+
+
+def _step_s(run: Run, data: Data, folder: str) -> float:
+    with Stamps(Path(folder)) as stamps:
+        train.Training(run, stamps, Dataset.open(data.images), labelled=data.labels).run()
+    return (stamps.at[WINDOWS] - stamps.at[0]) / (WINDOWS * LOG_EVERY)
+
+
+def scaling_table(pairs: Sequence[Pair]) -> list[str]:
+    lines = ["| images/s at W = 2 | n | mean ± 95 % | min | max |", "|---|---|---|---|---|"]
+    lines.append(_row("measured", [pair.measured for pair in pairs], "{:.0f}"))
+    for kind in pairs[0].predicted:
+        lines.append(_row(f"predicted from {kind}", [pair.predicted[kind] for pair in pairs], "{:.0f}"))
+        lines.append(_row(f"its error, % (bar: {_bar(kind)})", [100 * pair.error(kind) for pair in pairs], "{:+.1f}"))
+    return lines
+
+
+def _bar(kind: str) -> str:
+    return "15" if kind == SIDE_BY_SIDE else "none"
+
+
+def measure_all_reduces(repeats: int, mbit_per_s: float, delay_s: float) -> list[Measured]:
+    sizes = [(num_bytes, max(times, repeats)) for num_bytes, times in REDUCED]
+    with shaped_links.hosts(PREDICTED, mbit_per_s, delay_s) as hosts:
+        timed = all_reduces.timed(hosts, [*FITTED, PREDICTED], sizes)
+    return [Measured(row["num_bytes"], row["world_size"], seconds) for row in timed for seconds in row["seconds"]]
+
+
+def all_reduce_table(measured: Sequence[Measured]) -> list[str]:
+    fitted = [one for one in _medians(measured) if one.world_size in FITTED]
+    links, textbook = estimate.fit_links(fitted), _fit_textbook(fitted)
+    lines = [
+        f"alpha {links.alpha_s * 1e3:.2f} ms, beta {8e-6 / links.beta_s:.0f} Mbit/s; "
+        f"textbook {textbook.alpha_s * 1e3:.2f} ms, {8e-6 / textbook.beta_s:.0f} Mbit/s",
+        "",
+        "| all-reduce | W | n | median s | min | max | predicted | error, % (bar: 20) | textbook's, % |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in _medians(measured):
+        same = [each for each in measured if (each.num_bytes, each.world_size) == (one.num_bytes, one.world_size)]
+        seconds = [each.seconds for each in same]
+        predicted = estimate.all_reduce_s(one.num_bytes, one.world_size, links)
+        role = "" if one.world_size in FITTED else "**"
+        errors = [predicted / one.seconds - 1, _textbook_s(one, textbook) / one.seconds - 1]
+        lines.append(
+            f"| {one.num_bytes / 1e6:g} MB | {role}{one.world_size}{role} | {len(seconds)} | {one.seconds:.4f} "
+            f"| {min(seconds):.4f} | {max(seconds):.4f} | {predicted:.4f} | {errors[0]:+.1%} | {errors[1]:+.1%} |"
+        )
+    return lines
+
+
+def _medians(measured: Sequence[Measured]) -> list[Measured]:
+    groups: dict[tuple[int, int], list[float]] = {}
+    for one in measured:
+        groups.setdefault((one.num_bytes, one.world_size), []).append(one.seconds)
+    return [Measured(*key, statistics.median(seconds)) for key, seconds in groups.items()]
+
+
+def _fit_textbook(measured: Sequence[Measured]) -> Links:
+    """Least squares of relative errors; linear in alpha and beta."""
+    rows = np.array([[2 * (m.world_size - 1), 2 * (m.world_size - 1) * m.num_bytes / m.world_size] for m in measured])
+    seconds = np.array([m.seconds for m in measured])
+    alpha_s, beta_s = np.linalg.lstsq(rows / seconds[:, None], np.ones(len(measured)), rcond=None)[0]
+    return Links(float(alpha_s), float(beta_s))
+
+
+def _textbook_s(one: Measured, links: Links) -> float:
+    return 2 * (one.world_size - 1) * (links.alpha_s + one.num_bytes / one.world_size * links.beta_s)
+
+
+def _row(name: str, values: Sequence[float], form: str) -> str:
+    mean, half = float(np.mean(values)), provenance.interval(values)
+    low, high = (form.format(value) for value in (min(values), max(values)))
+    return f"| {name} | {len(values)} | {form.format(mean)} ± {form.format(half).lstrip('+')} | {low} | {high} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["scaling", "allreduce"], help="one part alone")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of scaling; the fewest all-reduces of a size")
+    parser.add_argument("--mbit", type=float, default=100, help="rate of a host's link")
+    parser.add_argument("--delay-ms", type=float, default=2, help="of a message on its way")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the demo's config")
+    args = parser.parse_args()
+    print(provenance.describe())
+    if args.part != "allreduce":
+        print("\n".join(["", *scaling_table(measure_scaling(args.repeats, args.overrides))]), flush=True)
+    if args.part != "scaling":
+        measured = measure_all_reduces(args.repeats, args.mbit, args.delay_ms / 1e3)
+        print("\n".join(["", *all_reduce_table(measured)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Measures a few steps of a run on this machine, for `estimate`: each rank alone, without the others it will talk to.
+
+Ranks that share a machine are measured side by side, each in a process of its own with the threads it would have: they
+take from each other cores, memory bandwidth and clock. They exchange nothing meanwhile. What they would exchange is
+counted in two ranks at small batches, and this machine's own alpha and beta are fitted to all-reduces between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distssl import atomic, collectives, config, estimate, train
+from distssl.config import Run
+from distssl.context import Context
+from distssl.data import order
+from distssl.data.shards import Dataset
+from distssl.errors import ConfigError
+from distssl.estimate import Collective, Links, Measured, Timing
+
+VERSION = 1
+CPU = "cpu"
+PART_S = 3.0  # of measuring each of a timing's three figures; at least MIN_BATCHES
+MIN_BATCHES = 3
+WARM_BATCHES = 2
+COUNTED_IMAGES = 8  # a rank, where collectives are counted
+REDUCED_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)  # from where alpha decides to where beta does
+NUM_REDUCED = 15
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, on what, and of which run. links: between processes of the machine."""
+
+    machine: str
+    cores: int
+    device: str  # CPU, or the GPU's name
+    torch_threads: dict[int, int]  # ranks on the machine -> threads of each
+    of: dict[str, Any]  # the settings a timing is a function of
+    gradient_bytes: int
+    blocking: tuple[Collective, ...]  # what a step waits for, the gradient aside
+    links: Links
+    epoch_start_s: float  # what comes before each epoch, of one rank alone
+    timings: tuple[Timing, ...]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != CPU
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, packed. labelled: for a method that learns from labels too."""
+
+    images: Path
+    labelled: Path | None = None
+
+    @property
+    def labels(self) -> Dataset | None:
+        return Dataset.open(self.labelled) if self.labelled else None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Of one rank in a group."""
+
+    gradient_bytes: int
+    epoch_start_s: float
+    timings: tuple[Timing, ...]
+
+
+def measure(run: Run, data: Data, batches: Sequence[tuple[int, int]]) -> Calibration:
+    """Take a few steps at each (images a rank N, ranks side by side R) of `batches`; N is a share of the global batch
+    that some number of workers would have."""
+    found = []
+    for beside in sorted({beside for _, beside in batches}):
+        sizes = [images for images, there in batches if there == beside]
+        found.append(_mean_of_ranks(collectives.launch(_measure, beside, run, data, sizes, threads(beside))))
+    blocking, links = collectives.launch(_talk, 2, run, data)[0]
+    return Calibration(
+        machine=_cpu_model(),
+        cores=os.cpu_count() or 1,
+        device=device(),
+        torch_threads={beside: threads(beside) for _, beside in batches},
+        of=_settings(run),
+        gradient_bytes=found[0].gradient_bytes,
+        blocking=blocking,
+        links=links,
+        epoch_start_s=found[0].epoch_start_s,
+        timings=tuple(timing for one in found for timing in one.timings),
+    )
+
+
+def _mean_of_ranks(ranks: Sequence[_Found]) -> _Found:
+    means = []
+    for same in zip(*(rank.timings for rank in ranks), strict=True):
+        figures = {
+            name: sum(getattr(one, name) for one in same) / len(same) for name in ("load_s", "compute_s", "step_s")
+        }
+        means.append(replace(same[0], **figures))
+    return replace(ranks[0], timings=tuple(means))
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def lanes(run: Run) -> int:
+    return run.data.lanes or order.default_lanes(run.data.global_batch)
+
+
+def device() -> str:
+    """What a calibration made here would be of."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
+
+
+def threads(beside: int) -> int:
+    """torch's threads of each of so many ranks on this machine, as Ray gives them: an even share of the cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // beside))
+
+
+def save(calibration: Calibration, file: Path) -> None:
+    with atomic.replacing(file) as new:
+        new.write_text(json.dumps({"version": VERSION, **asdict(calibration)}, indent=1))
+
+
+def load(file: Path, run: Run) -> Calibration:
+    """What `save` wrote. Raises ConfigError where it is no calibration, or of a run whose steps are other ones."""
+    try:
+        tree = json.loads(file.read_text())
+        if tree.pop("version") != VERSION:
+            raise ConfigError(f"--calibration {file}: of another version of distssl; measure again with --save")
+        tree["blocking"] = tuple(Collective(**one) for one in tree["blocking"])
+        tree["timings"] = tuple(Timing(**one) for one in tree["timings"])
+        tree["torch_threads"] = {int(beside): num for beside, num in tree["torch_threads"].items()}
+        read = Calibration(**{**tree, "links": Links(**tree["links"])})
+    except OSError as error:
+        raise ConfigError(f"--calibration {file}: {error.strerror}; a file that --save wrote is right") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"--calibration {file}: not a calibration; a file that --save wrote is right") from None
+    here = _settings(run)
+    differs = [key for key in {**read.of, **here} if read.of.get(key) != here.get(key)]
+    if differs:
+        raise ConfigError(
+            *(f"--calibration {file}: {key}={read.of.get(key)!r} there, {here.get(key)!r} here" for key in differs),
+            "measure again with --save",
+        )
+    return read
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What a rank's step is a function of, its batch size aside."""
+    train = {"train.precision", "train.optimizer", "train.micro_batch"}
+    chosen = {
+        key: value
+        for key, value in config.science(run).items()
+        if key.startswith(("method.", "model.")) or key in train
+    }
+    return json.loads(json.dumps({**chosen, "data.source": run.data.source, "machine.threads": run.machine.threads}))
+
+
+@contextmanager
+def _training(
+    run: Run, images: int, data: Data, lanes: int, device: torch.device | None = None
+) -> Iterator[train.Training]:
+    """A run of this process's group at `images` a rank, in a folder that is thrown away."""
+    size = images * collectives.world_size()
+    share = size / run.data.global_batch
+    labelled = max(1, round(run.data.labelled_batch * share / lanes)) * lanes
+    sizes = {"global_batch": size, "lanes": lanes, "labelled_batch": labelled, "num_labelled": None}
+    micro_batch = round(run.train.micro_batch * share) if run.train.micro_batch else None
+    changed = run.model_copy(
+        update={
+            "data": run.data.model_copy(update=sizes),
+            "train": run.train.model_copy(update={"accumulate": 1, "micro_batch": micro_batch}),
+        }
+    )
+    with tempfile.TemporaryDirectory(prefix="distssl-calibrate-") as folder, Context(Path(folder)) as context:
+        context.device = device or context.device
+        training = train.Training(changed, context, Dataset.open(data.images), labelled=data.labels)
+        yield training
+        training.close()
+
+
+def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int) -> _Found:
+    """One rank of those side by side: together until all are ready, then each for itself."""
+    beside = collectives.world_size()
+    collectives.barrier()
+    collectives.shutdown()  # from here on this process is a world of its own
+    torch.set_num_threads(num_threads)
+    timings, gradient_bytes, epoch_start_s = [], 0, 0.0
+    for images in sizes:
+        with _training(run, images, data, lanes(run) * images // run.data.global_batch) as training:
+            timings.append(_time(training, images, beside))
+            gradient_bytes = _gradient_bytes(training)
+            if training.method.embeds and not epoch_start_s:
+                epoch_start_s = _seconds(training, training.start_epoch)
+    return _Found(gradient_bytes, epoch_start_s, tuple(timings))
+
+
+def _time(training: train.Training, images: int, beside: int) -> Timing:
+    batches = training.batches()
+    for _ in range(WARM_BATCHES):
+        training.take_step(batches)
+    step_s = _mean(training, lambda: training.take_step(batches))
+    views = itertools.repeat(next(batches))
+    training.take_step(views)  # while the loader fills its queue for the last time
+    compute_s = _mean(training, lambda: training.take_step(views))
+    for _ in range(training.cfg.machine.prefetch + 1):
+        next(batches)
+    load_s = _mean(training, lambda: next(batches))
+    return Timing(images, beside, load_s=load_s, compute_s=compute_s, step_s=step_s)
+
+
+def _mean(training: train.Training, act: Callable[[], object]) -> float:
+    """Seconds of one of as many as PART_S holds."""
+    started, num = time.perf_counter(), 0
+    while num < MIN_BATCHES or time.perf_counter() - started < PART_S:
+        act()
+        num += 1
+    _finish(training)
+    return (time.perf_counter() - started) / num
+
+
+def _seconds(training: train.Training, act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    _finish(training)
+    return time.perf_counter() - started
+
+
+def _finish(training: train.Training) -> None:
+    """A GPU is done with what it was given."""
+    if training.context.device.type == "cuda":
+        torch.cuda.synchronize(training.context.device)
+
+
+def _gradient_bytes(training: train.Training) -> int:
+    learnt = (parameter for parameter in training.method.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() * parameter.element_size() for parameter in learnt)
+
+
+def _talk(run: Run, data: Data) -> tuple[tuple[Collective, ...], Links]:
+    """One of two ranks: what a step waits for besides the gradient, and how fast the machine's processes talk."""
+    measured = [Measured(num_bytes, 2, _reduce_s(num_bytes)) for num_bytes in REDUCED_BYTES]
+    parts = run.data.global_batch // run.train.micro_batch if run.train.micro_batch else 1
+    images = parts * math.ceil(COUNTED_IMAGES / parts)
+    with _training(run, images, data, collectives.world_size(), torch.device("cpu")) as training:
+        training.model = training.method  # without DistributedDataParallel, whose all-reduces are known
+        batches = training.batches()
+        training.take_step(batches)
+        counted = _collectives(lambda: training.take_step(batches))
+    return counted, estimate.fit_links(measured)
+
+
+def _reduce_s(num_bytes: int) -> float:
+    """Median seconds of an all-reduce."""
+    x = torch.ones(num_bytes // 4)
+    seconds = []
+    for _ in range(NUM_REDUCED):
+        collectives.barrier()
+        started = time.perf_counter()
+        collectives.sum_(x)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[NUM_REDUCED // 2]
+
+
+def _collectives(act: Callable[[], object]) -> tuple[Collective, ...]:
+    """What `act` sends, as gloo tells torch's profiler. Of four bytes a number: where it is eight, alpha decides."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says on stderr when it begins, and that there is no GPU
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        act()
+    kinds = {"gloo:all_reduce": "all_reduce", "gloo:all_gather": "all_gather"}
+    return tuple(
+        Collective(kinds[event.name], 4 * int(torch.Size(event.input_shapes[0]).numel()))  # pyright: ignore
+        for event in profile.events() or ()
+        if event.name in kinds
+    )

@@ -1,0 +1,245 @@
+"""What a run would take, before anybody pays for it: hours, dollars and what limits it, at each number of workers.
+
+From a calibration of a few steps (`calibrate`), the model in `estimate` and the prices of the cluster's machines. What
+was not measured and cannot be known is left open, and what is assumed is printed below the table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distssl import calibrate, estimate, job, plan, prices, settings
+from distssl.calibrate import Calibration
+from distssl.config import Run
+from distssl.data.shards import Dataset
+from distssl.errors import ConfigError
+from distssl.estimate import Links, Prediction
+
+NETWORK_ALPHA_S = 200e-6  # a handshake between machines of one zone; not measured
+MOST_MEASURED = 4  # batch sizes on one machine
+HERE = "this machine"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where so many workers would run."""
+
+    name: str
+    num_nodes: int
+    per_node: int  # workers
+    gpu: str | None
+    links: Links | None  # between machines; None on one machine alone
+    usd_per_hour: float | None  # of all nodes, the head among them
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class Row:
+    """hours: without what comes before and after the steps. None: cannot be told from this calibration."""
+
+    place: Place
+    prediction: Prediction | None
+    hours: float | None
+
+    @property
+    def usd(self) -> float | None:
+        return None if self.hours is None else estimate.cost(self.hours, self.place.usd_per_hour)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    plan: plan.Plan
+    rows: tuple[Row, ...]
+    assumed: tuple[str, ...]
+
+
+def make(run: Run, cluster_file: Path | None = None, given: Path | None = None, save: Path | None = None) -> Forecast:
+    """given: a calibration to use instead of measuring. save: where to keep what is measured.
+
+    Raises ConfigError for a config, cluster file or calibration that cannot be used.
+    """
+    cluster = _cluster(cluster_file) if cluster_file else None
+    places = [] if cluster is None else _on_cluster(run, cluster)
+    measured = calibrate.load(given, run) if given else None
+    if save and (given or not save.absolute().parent.is_dir()):
+        raise ConfigError(f"--save {save}: a file in a folder that is there, and no --calibration, is right")
+    folders = job.folders(run, ())
+    planned = plan.of_run(run, Dataset.open(folders.data), 1)
+    device = measured.device if measured else calibrate.device()
+    if measured is None and (save or cluster is None or any(_tells_of(device, place) for place in places)):
+        measured = calibrate.measure(run, calibrate.Data(folders.data, folders.labelled), _batches(run))
+    if save and measured:
+        calibrate.save(measured, save)
+    if cluster is None:
+        assert measured
+        places = _here(run, measured)
+    rows = tuple(_row(run, planned, measured if _tells_of(device, place) else None, place) for place in places)
+    return Forecast(planned, rows, tuple(_assumed(measured, rows, cluster)))
+
+
+def _batches(run: Run) -> list[tuple[int, int]]:
+    """(N, R) to measure: as workers would be on this machine, and alone as on many machines."""
+    fits = _world_sizes(run)
+    num_gpus = torch.cuda.device_count()
+    room = num_gpus or os.cpu_count() or 1
+    spread = [(run.data.global_batch // world_size, 1) for world_size in fits[:MOST_MEASURED]]
+    beside = [(run.data.global_batch // world_size, world_size) for world_size in fits if 1 < world_size <= room]
+    if beside and num_gpus:  # as on several such machines
+        full = beside[-1][1]
+        beside += [(run.data.global_batch // n, full) for n in fits if n > full and n % full == 0][: MOST_MEASURED - 1]
+    return spread + beside[-MOST_MEASURED:]
+
+
+def _world_sizes(run: Run) -> list[int]:
+    """The numbers of workers a run can have."""
+    lanes = calibrate.lanes(run)
+    return [world_size for world_size in range(1, lanes + 1) if lanes % world_size == 0]
+
+
+def _here(run: Run, measured: Calibration) -> list[Place]:
+    gpu = measured.device if measured.on_gpu else None
+    there = {timing.beside for timing in measured.timings}
+    return [Place(HERE, 1, num, gpu, None, None) for num in _world_sizes(run) if num in there]
+
+
+def _on_cluster(run: Run, cluster: Mapping[str, Any]) -> list[Place]:
+    """Each type of worker alone, in every number that the file admits and the lanes."""
+    fits, places = set(_world_sizes(run)), []
+    head = cluster.get("head_node_type")
+    for name, node in prices.nodes(cluster).items():
+        of_type = cluster["available_node_types"][name]
+        per_node = node.instance.gpus if node.instance and node.instance.gpus else _workers(of_type)
+        gbit_per_s = node.instance.network_gbit_per_s if node.instance else 10.0
+        links = Links.of_network(gbit_per_s, NETWORK_ALPHA_S)
+        gpu = node.instance.gpu if node.instance else ("?" if (of_type.get("resources") or {}).get("GPU") else None)
+        most = 0 if name == head else of_type.get("max_workers", cluster.get("max_workers", 0))
+        for num in range(1, most + 1):
+            if num * per_node in fits:
+                bill = prices.bill(cluster, {name: num} | ({head: 1} if head else {}))
+                usd = None if bill.unknown else bill.usd_per_hour
+                places.append(Place(name, num, per_node, gpu, links if num > 1 else None, usd))
+    if not places:
+        sizes = ", ".join(map(str, sorted(fits)))
+        raise ConfigError(f"--cluster: no number of its workers fits data.lanes={max(fits)}; {sizes} workers are right")
+    return places
+
+
+def _workers(node_type: Mapping[str, Any]) -> int:
+    """Workers on a node: one a GPU, else one."""
+    return int((node_type.get("resources") or {}).get("GPU") or 1)
+
+
+def _row(run: Run, planned: plan.Plan, measured: Calibration | None, place: Place) -> Row:
+    if measured is None:
+        return Row(place, None, None)
+    timing = estimate.alone(measured.timings, run.data.global_batch // place.world_size, place.per_node)
+    predicted = estimate.step(
+        timing,
+        place.world_size,
+        place.links or measured.links,
+        gradient_bytes=measured.gradient_bytes,
+        blocking=measured.blocking,
+        accumulate=run.train.accumulate,
+        overlap=place.links is not None or measured.on_gpu,
+    )
+    starts_s = planned.epochs * measured.epoch_start_s / place.world_size
+    return Row(place, predicted, estimate.hours(planned.total_steps, predicted.step_s) + starts_s / 3600)
+
+
+def _tells_of(device: str, place: Place) -> bool:
+    """Whether what was measured on a device says anything of a place: a GPU's speed is known from such a GPU alone."""
+    if place.name == HERE or place.gpu is None or device == calibrate.CPU:
+        return place.name == HERE or (place.gpu is None and device == calibrate.CPU)
+    return place.gpu in re.split(r"[^A-Za-z0-9]+", device)  # "NVIDIA L40S" is no L4
+
+
+def _cluster(file: Path) -> Mapping[str, Any]:
+    tree = settings.read_file(file, option="--cluster")
+    types = tree.get("available_node_types")
+    if not isinstance(types, Mapping) or not all(isinstance(one, Mapping) for one in types.values()):
+        raise ConfigError(f"--cluster {file}: no available_node_types; a file of Ray's cluster launcher is right")
+    return tree
+
+
+def _assumed(measured: Calibration | None, rows: Sequence[Row], cluster: Mapping[str, Any] | None) -> list[str]:
+    lines = _assumed_of(measured) if measured else []
+    if cluster is None:
+        return lines
+    told = [row for row in rows if row.prediction]
+    if any(row.place.gpu is None for row in told):
+        lines.append("a core there is as fast as one here, and a worker, one a machine, has as many as here")
+    if told:
+        lines.append(f"network: the machines' list rate, {NETWORK_ALPHA_S * 1e6:.0f} us a message; not measured")
+        lines.append("data are read as fast as here: shards are on the machine's disk, or ahead in its cache")
+    table = prices.table()
+    lines.append(f"prices: {table.source}, of {table.date}: check them. The head is in, disks and traffic are not")
+    if not prices.in_region(cluster):
+        lines.append("the cluster's region is none of the table's, where prices differ")
+    unknown = sorted({row.place.name for row in rows if row.place.usd_per_hour is None})
+    if unknown:
+        lines.append(f"{', '.join(unknown)}: cluster/prices.yaml has no price of it or of the head")
+    strangers = sorted({row.place.name for row in rows if row.prediction is None})
+    if strangers:
+        lines.append(
+            f"{', '.join(strangers)}: how fast its GPU is nothing measured here can tell. On one such machine run "
+            "`python launch.py plan --save FILE` with this config, then here with --calibration FILE"
+        )
+    return lines
+
+
+def _assumed_of(measured: Calibration) -> list[str]:
+    threads = ", ".join(f"{num} at {beside} a machine" for beside, num in sorted(measured.torch_threads.items()))
+    place = f"{measured.machine}, {measured.cores} cores"
+    if measured.on_gpu:
+        place += f", {measured.device}"
+    rate, alpha_us = 1e-9 / measured.links.beta_s, measured.links.alpha_s * 1e6
+    return [
+        f"measured on {place}; torch threads a worker: {threads}",
+        f"workers of one machine talk at {rate:.2g} GB/s and {alpha_us:.0f} us a message, as measured there",
+        "not counted: start-up, evaluations, checkpoints, spot instances that are taken away",
+    ]
+
+
+def show(forecast: Forecast, console: Console) -> None:
+    """Print a forecast; fits 80 columns."""
+    planned = forecast.plan
+    console.print(
+        f"{planned.total_steps} steps of {planned.images_per_step} images: "
+        f"{planned.epochs} epochs of {planned.steps_per_epoch} steps"
+    )
+    priced = any(row.place.name != HERE for row in forecast.rows)
+    drawn = Table()
+    for name in ("machines", "workers", "images/s", "hours", *(("$/hour", "$") if priced else ()), "limit", "exchange"):
+        drawn.add_column(name, justify="left" if name in ("machines", "limit") else "right")
+    for row in forecast.rows:
+        place, step = row.place, row.prediction
+        drawn.add_row(
+            place.name if place.name == HERE else f"{place.num_nodes} {place.name}",
+            str(place.world_size),
+            f"{step.images_per_s:.3g}" if step else "?",
+            _number(row.hours),
+            *((_number(place.usd_per_hour), _number(row.usd)) if priced else ()),
+            step.bottleneck if step else "?",
+            f"{step.exchange_s / step.step_s:.0%}" if step else "?",
+        )
+    console.print(drawn)
+    for line in (*forecast.assumed, "exchange: the share of a step in which ranks wait for each other's numbers"):
+        console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
