@@ -1,9 +1,12 @@
 """Does `plan` tell the truth? Its images/s at two workers, and its all-reduce at eight, against what is then measured.
 
-Command: python benchmarks/plan.py            (--part scaling|allreduce, --repeats N; allreduce needs root)
+Command: python benchmarks/plan.py            (--part scaling|blocks|allreduce, --repeats N; allreduce needs root)
 
 scaling: the demo's config. A calibration of single workers (two jobs side by side that do not talk; and one alone, for
-comparison) predicts two; then two gloo ranks train. In turn, in alternating order, and what is compared are neighbours.
+comparison) predicts two; then two gloo ranks train. In turn: a training is compared with the mean of the calibrations
+before and after it, for what else the machine does comes and goes.
+blocks: the same for a machine that is not at rest. Two processes take BLOCK steps as two ranks and BLOCK steps as two
+single workers, in turn; what is compared are neighbours of a few seconds.
 allreduce: eight hosts behind slow links (shaped_links.py). alpha and beta are fitted at two and four ranks, all-reduces
 of eight are predicted, and timed. Beside it the textbook's ring, 2 (W - 1) (alpha + n beta / W), fitted to the same.
 """
@@ -11,10 +14,12 @@ of eight are predicted, and timed. Beside it the textbook's ring, 2 (W - 1) (alp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +27,7 @@ import all_reduces
 import numpy as np
 import provenance
 import shaped_links
+from torch import Tensor
 
 from distssl import calibrate, collectives, config, estimate, job, method, train
 from distssl.calibrate import Calibration, Data
@@ -32,6 +38,7 @@ from distssl.estimate import Links, Measured, Timing
 
 LOG_EVERY = 10
 WINDOWS = 2  # of LOG_EVERY steps, after one to warm up
+BLOCK, NUM_BLOCKS = 5, 4  # steps; pairs of blocks a repeat
 SIDE_BY_SIDE, ALONE = "two jobs side by side", "one job alone"
 FITTED, PREDICTED = (2, 4), 8
 REDUCED = ((1 << 10, 15), (250_000, 9), (1_000_000, 5), (4_000_000, 3), (16_000_000, 3), (100_000_000, 3))
@@ -63,22 +70,24 @@ class Pair:
 
 
 def measure_scaling(repeats: int, overrides: Sequence[str]) -> list[Pair]:
-    free = ["eval.tasks=[]", "eval.every=null", f"train.log_every={LOG_EVERY}", "checkpoint.every=1000000"]
-    run = config.load(provenance.ROOT / "configs/default.yaml", [*free, *overrides], method.options)
-    folders = job.folders(run, ())
-    data = Data(folders.data, folders.labelled)
-    pairs = []
+    run, data = _demo(overrides)
+    pairs, before = [], _predict(run, data)
     for repeat in range(repeats):
-        if repeat % 2:
-            measured = _train(run, data)
-            predicted = _predict(run, data)
-        else:
-            predicted = _predict(run, data)
-            measured = _train(run, data)
+        measured = _train(run, data)
+        after = _predict(run, data)
+        predicted = {kind: (before[kind] + after[kind]) / 2 for kind in after}
         pairs.append(Pair(predicted, measured))
         errors = ", ".join(f"{pairs[-1].error(kind):+.1%} ({kind})" for kind in predicted)
         print(f"scaling {repeat + 1}/{repeats}: {measured:.0f} images/s, predicted {errors}", flush=True)
+        before = after
     return pairs
+
+
+def _demo(overrides: Sequence[str]) -> tuple[Run, Data]:
+    free = ["eval.tasks=[]", "eval.every=null", f"train.log_every={LOG_EVERY}", "checkpoint.every=1000000"]
+    run = config.load(provenance.ROOT / "configs/default.yaml", [*free, *overrides], method.options)
+    folders = job.folders(run, ())
+    return run, Data(folders.data, folders.labelled)
 
 
 def _predict(run: Run, data: Data) -> dict[str, float]:
@@ -107,6 +116,59 @@ def _step_s(run: Run, data: Data, folder: str) -> float:
     with Stamps(Path(folder)) as stamps:
         train.Training(run, stamps, Dataset.open(data.images), labelled=data.labels).run()
     return (stamps.at[WINDOWS] - stamps.at[0]) / (WINDOWS * LOG_EVERY)
+
+
+def measure_blocks(repeats: int, overrides: Sequence[str]) -> list[Pair]:
+    run, data = _demo(overrides)
+    pairs = []
+    for repeat in range(repeats):
+        pairs += collectives.launch(_blocks, 2, run, data, NUM_BLOCKS)[0]
+        errors = " ".join(f"{pair.error(SIDE_BY_SIDE):+.1%}" for pair in pairs[-NUM_BLOCKS:])
+        print(f"blocks {repeat + 1}/{repeats}: {errors}", flush=True)
+    return pairs
+
+
+def _blocks(run: Run, data: Data, num: int) -> list[Pair]:
+    """One rank of two, which is now and then a single worker with half of the batch."""
+    half, lanes = run.data.global_batch // 2, calibrate.lanes(run)
+    blocking, links = calibrate._talk(run, data)
+    pairs = []
+    with contextlib.ExitStack() as stack:
+        together = stack.enter_context(calibrate._training(run, half, data, lanes))
+        size = calibrate._gradient_bytes(together)
+        with _single():
+            alone = stack.enter_context(calibrate._training(run, half, data, lanes // 2))
+            batches = {SIDE_BY_SIDE: alone.batches(), "": together.batches()}
+            next(batches[SIDE_BY_SIDE])  # what it reads is settled here
+        steps = {SIDE_BY_SIDE: alone, "": together}
+        for nth in range(num + 1):
+            seconds = {}
+            for kind in steps if nth % 2 else reversed(steps):
+                collectives.barrier()
+                with _single() if kind else contextlib.nullcontext():
+                    seconds[kind] = _steps_s(steps[kind], batches[kind])
+            found = collectives.gather_objects(seconds)
+            timing = Timing(half, 2, 0, 0, float(np.mean([one[SIDE_BY_SIDE] for one in found])))
+            predicted = estimate.step(timing, 2, links, gradient_bytes=size, blocking=blocking, overlap=False)
+            pairs.append(Pair({SIDE_BY_SIDE: predicted.images_per_s}, 2 * half / found[0][""]))
+    return pairs[1:]  # the first warmed up
+
+
+def _steps_s(training: train.Training, batches: Iterator[dict[str, Tensor]]) -> float:
+    started = time.perf_counter()
+    for _ in range(BLOCK):
+        training.take_step(batches)
+    return (time.perf_counter() - started) / BLOCK
+
+
+@contextmanager
+def _single() -> Iterator[None]:
+    """This process has no others meanwhile."""
+    there, collectives._has_group = collectives._has_group, lambda: False
+    try:
+        yield
+    finally:
+        collectives._has_group = there
 
 
 def scaling_table(pairs: Sequence[Pair]) -> list[str]:
@@ -179,16 +241,18 @@ def _row(name: str, values: Sequence[float], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["scaling", "allreduce"], help="one part alone")
+    parser.add_argument("--part", choices=["scaling", "blocks", "allreduce"], help="one part alone")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of scaling; the fewest all-reduces of a size")
     parser.add_argument("--mbit", type=float, default=100, help="rate of a host's link")
     parser.add_argument("--delay-ms", type=float, default=2, help="of a message on its way")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the demo's config")
     args = parser.parse_args()
     print(provenance.describe())
-    if args.part != "allreduce":
+    if args.part in (None, "scaling"):
         print("\n".join(["", *scaling_table(measure_scaling(args.repeats, args.overrides))]), flush=True)
-    if args.part != "scaling":
+    if args.part == "blocks":
+        print("\n".join(["", *scaling_table(measure_blocks(args.repeats, args.overrides))]), flush=True)
+    if args.part in (None, "allreduce"):
         measured = measure_all_reduces(args.repeats, args.mbit, args.delay_ms / 1e3)
         print("\n".join(["", *all_reduce_table(measured)]), flush=True)
 

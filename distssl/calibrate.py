@@ -35,6 +35,7 @@ CPU = "cpu"
 PART_S = 3.0  # of measuring each of a timing's three figures; at least MIN_BATCHES
 MIN_BATCHES = 3
 WARM_BATCHES = 2
+MANY_EPOCHS = 10**6  # the run measured must not end meanwhile
 COUNTED_IMAGES = 8  # a rank, where collectives are counted
 REDUCED_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)  # from where alpha decides to where beta does
 NUM_REDUCED = 15
@@ -186,7 +187,7 @@ def _training(
     changed = run.model_copy(
         update={
             "data": run.data.model_copy(update=sizes),
-            "train": run.train.model_copy(update={"accumulate": 1, "micro_batch": micro_batch}),
+            "train": run.train.model_copy(update={"accumulate": 1, "micro_batch": micro_batch, "epochs": MANY_EPOCHS}),
         }
     )
     with tempfile.TemporaryDirectory(prefix="distssl-calibrate-") as folder, Context(Path(folder)) as context:

@@ -222,7 +222,8 @@ def show(forecast: Forecast, console: Console) -> None:
     priced = any(row.place.name != HERE for row in forecast.rows)
     drawn = Table()
     for name in ("machines", "workers", "images/s", "hours", *(("$/hour", "$") if priced else ()), "limit", "exchange"):
-        drawn.add_column(name, justify="left" if name in ("machines", "limit") else "right")
+        justify = "left" if name in ("machines", "limit") else "right"
+        drawn.add_column(name, justify=justify, no_wrap=name not in ("machines", "limit"))
     for row in forecast.rows:
         place, step = row.place, row.prediction
         drawn.add_row(

@@ -1,4 +1,4 @@
-"""The model of a step at W workers: what follows from its equations, and gloo's ring walked through segment by segment."""
+"""The model of a step at W workers: its closed forms, and gloo's ring walked through segment by segment."""
 
 from __future__ import annotations
 

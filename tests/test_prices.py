@@ -68,7 +68,9 @@ def test_attached_gpus_are_in_the_price_and_built_in_ones_already_are() -> None:
 
 
 def test_the_bill_adds_nodes_and_names_those_without_a_price() -> None:
-    cluster = aws(head={"InstanceType": "m5.large"}, big={"InstanceType": "g5.12xlarge"}, odd={"InstanceType": "z9.huge"})
+    cluster = aws(
+        head={"InstanceType": "m5.large"}, big={"InstanceType": "g5.12xlarge"}, odd={"InstanceType": "z9.huge"}
+    )
     assert prices.hourly(cluster)["odd"] is None
     bill = prices.bill(cluster, {"head": 1, "big": 3, "odd": 2, "gone": 1})
     assert bill.usd_per_hour == pytest.approx(AWS["m5.large"].usd_per_hour + 3 * AWS["g5.12xlarge"].usd_per_hour)

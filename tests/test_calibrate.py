@@ -1,0 +1,83 @@
+"""The calibration: what it counts is what the method's layers say, and a file of it is of one run alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distssl import calibrate, method
+from distssl.calibrate import Calibration, Data
+from distssl.config import Run
+from distssl.errors import ConfigError
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("calibrate")
+    return runs.tiny(runs.packed(folder, num=48), folder)
+
+
+@pytest.fixture(scope="module")
+def measured(run: Run) -> Calibration:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "PART_S", 0.2)
+        return calibrate.measure(run, Data(Path(run.data.source)), [(16, 1), (8, 1)])
+
+
+def test_each_batch_size_is_timed(measured: Calibration) -> None:
+    assert [(timing.images, timing.beside) for timing in measured.timings] == [(16, 1), (8, 1)]
+    for timing in measured.timings:
+        assert min(timing.load_s, timing.compute_s, timing.step_s) > 0
+        assert timing.step_s > 0.5 * timing.compute_s
+
+
+def test_a_step_waits_for_each_batch_norm_both_ways(run: Run, measured: Calibration) -> None:
+    built = method.build(run)
+    widths = sorted(layer.num_features for layer in built.modules() if isinstance(layer, _BatchNorm))
+    assert widths
+    backward = sorted(one.num_bytes for one in measured.blocking if one.kind == "all_reduce")
+    assert backward == [4 * 2 * width for width in widths]  # two sums a channel
+    forward = [one.num_bytes for one in measured.blocking if one.kind == "all_gather"]
+    assert all(forward.count(4 * (2 * width + 1)) >= widths.count(width) for width in widths)  # mean, variance, count
+    learnt = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    assert measured.gradient_bytes == 4 * learnt
+
+
+def test_what_is_saved_is_loaded(run: Run, measured: Calibration, tmp_path: Path) -> None:
+    calibrate.save(measured, tmp_path / "calibration.json")
+    assert calibrate.load(tmp_path / "calibration.json", run) == measured
+
+
+def test_a_calibration_of_other_steps_is_refused(run: Run, measured: Calibration, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    calibrate.save(measured, file)
+    wider = run.model_copy(update={"model": run.model.model_copy(update={"backbone": "resnet18"})})
+    with pytest.raises(ConfigError) as caught:
+        calibrate.load(file, wider)
+    assert f"--calibration {file}: model.backbone='resnet10' there, 'resnet18' here" in caught.value.messages
+    longer = run.model_copy(update={"train": run.train.model_copy(update={"epochs": 999})})
+    assert calibrate.load(file, longer) == measured
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 0}', "\0"])
+def test_what_is_no_calibration_is_named(run: Run, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "calibration.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"--calibration .*calibration.json: .*--save"):
+        calibrate.load(file, run)
+    with pytest.raises(ConfigError, match="No such file or directory; a file that --save wrote is right"):
+        calibrate.load(tmp_path / "gone.json", run)
+
+
+def test_a_half_written_calibration_is_named(run: Run, measured: Calibration, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    calibrate.save(measured, file)
+    tree = json.loads(file.read_text())
+    for key in tree:
+        file.write_text(json.dumps({name: value for name, value in tree.items() if name != key}))
+        with pytest.raises(ConfigError, match="not a calibration"):
+            calibrate.load(file, run)

@@ -1,0 +1,165 @@
+"""`launch.py plan`: what it says of this machine, of a cluster, and of what it cannot know."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distssl import calibrate, config, method, prices
+from distssl.calibrate import Calibration
+from distssl.estimate import Collective, Links, Timing
+from tests import runs
+
+launch = importlib.import_module("launch")
+
+Said = tuple[int, str, list[str]]  # exit code, stdout, lines of stderr
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """`launch.py plan ARGUMENTS` in this process."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> Said:
+        capsys.readouterr()
+        try:
+            code = launch.main(["plan", *map(str, arguments)])
+        except SystemExit as left:
+            code = int(left.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("forecast")
+    places = [f"data.source={runs.packed(folder, num=48)}", f"machine.storage={folder}", f"machine.cache={folder}"]
+    return [*runs.settings(), *places, "train.epochs=2", "data.lanes=4", "eval.test_source=null"]
+
+
+@pytest.fixture
+def given(settings: list[str], tmp_path: Path) -> Path:
+    """A calibration of round numbers: 0.01 s an image whatever the batch, and a gradient of 1 MB."""
+    of = calibrate._settings(config.load(launch.DEFAULT_CONFIG, settings, method.options))
+    timings = tuple(Timing(n, 1, load_s=0.001 * n, compute_s=0.01 * n, step_s=0.01 * n) for n in (4, 8, 16))
+    blocking: tuple[Collective, ...] = ()
+    links = Links(1e-4, 1e-9)
+    made = Calibration("a machine", 4, calibrate.CPU, {1: 4}, of, 1_000_000, blocking, links, 0.0, timings)
+    calibrate.save(made, tmp_path / "given.json")
+    return tmp_path / "given.json"
+
+
+def cluster(folder: Path, worker: str, **more: object) -> Path:
+    nodes = {
+        "head": {"node_config": {"InstanceType": "m5.large"}, "resources": {"CPU": 0}},
+        "worker": {"node_config": {"InstanceType": worker}, "max_workers": 4},
+    }
+    tree = {"provider": {"type": "aws", "region": "us-east-1"}, "head_node_type": "head", "available_node_types": nodes}
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(tree | more))
+    return file
+
+
+def rows(out: str) -> list[list[str]]:
+    """The cells of the table's rows."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+
+
+def test_plan_measures_this_machine_and_keeps_it(
+    plan: Callable[..., Said], settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "PART_S", 0.1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # one worker alone: two are the benchmark's
+    code, out, err = plan(*settings, "--save", tmp_path / "new.json")
+    assert code == 0, err
+    assert "6 steps of 16 images: 2 epochs of 3 steps" in out
+    ((place, workers, images_per_s, hours, *_),) = rows(out)
+    assert (place, workers) == ("this machine", "1")
+    assert float(hours) == pytest.approx(6 * 16 / float(images_per_s) / 3600, rel=0.02)
+    assert max(map(len, out.split("- ", 1)[0].splitlines())) <= 80
+    timings = json.loads((tmp_path / "new.json").read_text())["timings"]
+    assert {(one["images"], one["beside"]) for one in timings} == {(16, 1), (8, 1), (4, 1)}
+    assert plan(*settings, "--calibration", tmp_path / "new.json")[1] == out
+
+
+def test_plan_prices_every_number_of_workers_that_fits(
+    plan: Callable[..., Said], settings: list[str], given: Path, tmp_path: Path
+) -> None:
+    code, out, err = plan(*settings, "--cluster", cluster(tmp_path, "c6i.2xlarge"), "--calibration", given)
+    assert code == 0, err
+    told = rows(out)
+    assert [row[:2] for row in told] == [["1 worker", "1"], ["2 worker", "2"], ["4 worker", "4"]]  # 3 does not divide 4
+    table = prices.table().providers["aws"].instances
+    for (_, _, images_per_s, hours, per_hour, usd, limit, _), num in zip(told, (1, 2, 4), strict=True):
+        usd_per_hour = table["m5.large"].usd_per_hour + num * table["c6i.2xlarge"].usd_per_hour
+        assert float(per_hour) == pytest.approx(usd_per_hour, rel=0.01)
+        assert float(hours) == pytest.approx(6 * 16 / float(images_per_s) / 3600, rel=0.02)
+        assert float(usd) == pytest.approx(float(hours) * usd_per_hour, rel=0.02)
+        assert limit == "compute"
+    speeds = [float(row[2]) for row in told]
+    assert speeds[0] == pytest.approx(100)
+    assert 100 < speeds[1] < 200
+    assert 150 < speeds[2] < 400
+    assert prices.table().date in out
+    assert "check them" in out
+
+
+def test_plan_invents_no_speed_for_a_gpu_it_has_not_seen(
+    plan: Callable[..., Said], settings: list[str], given: Path, tmp_path: Path
+) -> None:
+    file = cluster(tmp_path, "g6.xlarge")
+    for arguments in (["--calibration", given], []):  # without: there is nothing to measure here
+        code, out, err = plan(*settings, "--cluster", file, *arguments)
+        assert code == 0, err
+        assert [(row[2], row[3], row[5]) for row in rows(out)] == [("?", "?", "?")] * 3
+        assert float(rows(out)[0][4]) > 0
+        assert re.search("plan --save FILE. with this config", out)
+    seen = json.loads(given.read_text()) | {"device": "NVIDIA L4"}
+    given.write_text(json.dumps(seen))
+    assert float(rows(plan(*settings, "--cluster", file, "--calibration", given)[1])[0][2]) == pytest.approx(100)
+    given.write_text(json.dumps(seen | {"device": "NVIDIA L40S"}))
+    assert rows(plan(*settings, "--cluster", file, "--calibration", given)[1])[0][2] == "?"
+
+
+def test_a_machine_without_a_price_is_named(
+    plan: Callable[..., Said], settings: list[str], given: Path, tmp_path: Path
+) -> None:
+    code, out, _ = plan(*settings, "--cluster", cluster(tmp_path, "z9.huge"), "--calibration", given)
+    assert code == 0
+    assert rows(out)[0][4:6] == ["?", "?"]
+    assert "worker: cluster/prices.yaml has no price of it or of the head" in out
+
+
+def test_wrong_input_is_one_line_and_measures_nothing(
+    plan: Callable[..., Said], settings: list[str], given: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd.yaml"
+    odd.write_text("provider: {type: aws}\n")
+    fits_none = cluster(tmp_path, "g5.48xlarge")  # eight workers each
+    for arguments, said in {
+        ("--cluster", tmp_path / "gone.yaml"): "--cluster .*gone.yaml: No such file or directory",
+        ("--cluster", odd): "--cluster .*odd.yaml: no available_node_types",
+        ("--cluster", fits_none): "data.lanes=4; 1, 2, 4 workers are right",
+        ("--calibration", odd): "--calibration .*odd.yaml: not a calibration",
+        ("--save", tmp_path / "gone" / "x.json"): "--save .*gone/x.json",
+        ("--save", odd, "--calibration", given): "--save .*odd.yaml",
+        ("train.epoch=2",): "train.epoch: unknown key",
+    }.items():
+        code, out, err = plan(*settings, *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert len(err) == 1, err
+        assert re.search(said, err[0]), err
+
+
+def test_help_of_plan_fits_a_screen(plan: Callable[..., Said]) -> None:
+    code, out, _ = plan("--help")
+    assert code == 0
+    assert len(out.splitlines()) <= 24
