@@ -120,7 +120,8 @@ def plan(
     from distssl import forecast, method
 
     run = config.load(config_file, overrides or [], method.options)
-    forecast.show(forecast.make(run, cluster, calibration, save), console)
+    tree = settings.read_extending(cluster, "--cluster") if cluster else None
+    forecast.show(forecast.make(run, tree, calibration, save), console)
 
 
 @app.command()

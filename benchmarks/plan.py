@@ -51,7 +51,7 @@ class Stamps(Context):
         super().__init__(run_dir)
         self.at: list[float] = []
 
-    def record(self, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         self.at.append(time.perf_counter())
 
     def stop_requested(self) -> bool:
@@ -114,7 +114,7 @@ def _train(run: Run, data: Data) -> float:
 
 def _step_s(run: Run, data: Data, folder: str) -> float:
     with Stamps(Path(folder)) as stamps:
-        train.Training(run, stamps, Dataset.open(data.images), labelled=data.labels).run()
+        train.Training(run, stamps, Dataset.open(data.images, run.machine)).run()
     return (stamps.at[WINDOWS] - stamps.at[0]) / (WINDOWS * LOG_EVERY)
 
 

@@ -26,6 +26,7 @@ from distssl import atomic, collectives, config, estimate, train
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import order
+from distssl.data.locations import Place
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 from distssl.estimate import Collective, Links, Measured, Timing
@@ -65,12 +66,8 @@ class Calibration:
 class Data:
     """What a run reads, packed. labelled: for a method that learns from labels too."""
 
-    images: Path
-    labelled: Path | None = None
-
-    @property
-    def labels(self) -> Dataset | None:
-        return Dataset.open(self.labelled) if self.labelled else None
+    images: Place
+    labelled: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,8 @@ def _training(
     )
     with tempfile.TemporaryDirectory(prefix="distssl-calibrate-") as folder, Context(Path(folder)) as context:
         context.device = device or context.device
-        training = train.Training(changed, context, Dataset.open(data.images), labelled=data.labels)
+        labels = Dataset.open(data.labelled, run.machine) if data.labelled else None
+        training = train.Training(changed, context, Dataset.open(data.images, run.machine), labelled=labels)
         yield training
         training.close()
 

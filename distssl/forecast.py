@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distssl import calibrate, estimate, job, plan, prices, settings
+from distssl import calibrate, estimate, job, plan, prices
 from distssl.calibrate import Calibration
 from distssl.config import Run
 from distssl.data.shards import Dataset
@@ -25,6 +25,8 @@ from distssl.errors import ConfigError
 from distssl.estimate import Links, Prediction
 
 NETWORK_ALPHA_S = 200e-6  # a handshake between machines of one zone; not measured
+UNKNOWN_GBIT_PER_S = 10.0  # of machines that the table does not know
+UNKNOWN_GPU = "unknown"
 MOST_MEASURED = 4  # batch sizes on one machine
 HERE = "this machine"
 
@@ -65,18 +67,19 @@ class Forecast:
     assumed: tuple[str, ...]
 
 
-def make(run: Run, cluster_file: Path | None = None, given: Path | None = None, save: Path | None = None) -> Forecast:
-    """given: a calibration to use instead of measuring. save: where to keep what is measured.
+def make(
+    run: Run, cluster: Mapping[str, Any] | None = None, given: Path | None = None, save: Path | None = None
+) -> Forecast:
+    """cluster: a cluster file's tree. given: a calibration to use instead of measuring. save: where to keep one.
 
     Raises ConfigError for a config, cluster file or calibration that cannot be used.
     """
-    cluster = _cluster(cluster_file) if cluster_file else None
     places = [] if cluster is None else _on_cluster(run, cluster)
     measured = calibrate.load(given, run) if given else None
     if save and (given or not save.absolute().parent.is_dir()):
         raise ConfigError(f"--save {save}: a file in a folder that is there, and no --calibration, is right")
     folders = job.folders(run, ())
-    planned = plan.of_run(run, Dataset.open(folders.data), 1)
+    planned = plan.of_run(run, Dataset.open(folders.data, run.machine), 1)
     device = measured.device if measured else calibrate.device()
     if measured is None and (save or cluster is None or any(_tells_of(device, place) for place in places)):
         measured = calibrate.measure(run, calibrate.Data(folders.data, folders.labelled), _batches(run))
@@ -116,29 +119,45 @@ def _here(run: Run, measured: Calibration) -> list[Place]:
 
 def _on_cluster(run: Run, cluster: Mapping[str, Any]) -> list[Place]:
     """Each type of worker alone, in every number that the file admits and the lanes."""
-    fits, places = set(_world_sizes(run)), []
+    types = _worker_types(cluster)
     head = cluster.get("head_node_type")
-    for name, node in prices.nodes(cluster).items():
-        of_type = cluster["available_node_types"][name]
+    nodes, fits, places = prices.nodes(cluster), _world_sizes(run), []
+    for name, of_type in types.items():
+        node = nodes.get(name, prices.Node("", False, None))
         per_node = node.instance.gpus if node.instance and node.instance.gpus else _workers(of_type)
-        gbit_per_s = node.instance.network_gbit_per_s if node.instance else 10.0
+        gbit_per_s = node.instance.network_gbit_per_s if node.instance else UNKNOWN_GBIT_PER_S
         links = Links.of_network(gbit_per_s, NETWORK_ALPHA_S)
-        gpu = node.instance.gpu if node.instance else ("?" if (of_type.get("resources") or {}).get("GPU") else None)
-        most = 0 if name == head else of_type.get("max_workers", cluster.get("max_workers", 0))
-        for num in range(1, most + 1):
+        gpu = node.instance.gpu if node.instance else (UNKNOWN_GPU if _resources(of_type).get("GPU") else None)
+        for num in range(1, of_type.get("max_workers", cluster.get("max_workers", 1)) + 1):
             if num * per_node in fits:
                 bill = prices.bill(cluster, {name: num} | ({head: 1} if head else {}))
                 usd = None if bill.unknown else bill.usd_per_hour
                 places.append(Place(name, num, per_node, gpu, links if num > 1 else None, usd))
     if not places:
-        sizes = ", ".join(map(str, sorted(fits)))
-        raise ConfigError(f"--cluster: no number of its workers fits data.lanes={max(fits)}; {sizes} workers are right")
+        sizes = ", ".join(map(str, fits))
+        raise ConfigError(f"--cluster: no number of its workers fits data.lanes={fits[-1]}; {sizes} workers are right")
     return places
 
 
+def _worker_types(cluster: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The node types that work, by name; hosts of one's own are a type."""
+    provider, types = cluster.get("provider"), cluster.get("available_node_types")
+    if isinstance(provider, Mapping) and provider.get("type") == "local":
+        ours = cluster.get("distssl") or {}
+        num = 1 + len(provider.get("worker_ips") or ())
+        return {"host": {"max_workers": num, "resources": ours.get("worker") or {}}}
+    if not isinstance(provider, Mapping) or not isinstance(types, Mapping):
+        raise ConfigError("--cluster: no provider or available_node_types; a file as those in cluster/ is right")
+    return {name: of_type for name, of_type in types.items() if name != cluster.get("head_node_type")}
+
+
+def _resources(node_type: Mapping[str, Any]) -> Mapping[str, Any]:
+    return node_type.get("resources") or {}
+
+
 def _workers(node_type: Mapping[str, Any]) -> int:
-    """Workers on a node: one a GPU, else one."""
-    return int((node_type.get("resources") or {}).get("GPU") or 1)
+    """On a node: one a GPU, else one."""
+    return int(_resources(node_type).get("GPU") or 1)
 
 
 def _row(run: Run, planned: plan.Plan, measured: Calibration | None, place: Place) -> Row:
@@ -163,14 +182,6 @@ def _tells_of(device: str, place: Place) -> bool:
     if place.name == HERE or place.gpu is None or device == calibrate.CPU:
         return place.name == HERE or (place.gpu is None and device == calibrate.CPU)
     return place.gpu in re.split(r"[^A-Za-z0-9]+", device)  # "NVIDIA L40S" is no L4
-
-
-def _cluster(file: Path) -> Mapping[str, Any]:
-    tree = settings.read_file(file, option="--cluster")
-    types = tree.get("available_node_types")
-    if not isinstance(types, Mapping) or not all(isinstance(one, Mapping) for one in types.values()):
-        raise ConfigError(f"--cluster {file}: no available_node_types; a file of Ray's cluster launcher is right")
-    return tree
 
 
 def _assumed(measured: Calibration | None, rows: Sequence[Row], cluster: Mapping[str, Any] | None) -> list[str]:
@@ -221,7 +232,7 @@ def show(forecast: Forecast, console: Console) -> None:
     )
     priced = any(row.place.name != HERE for row in forecast.rows)
     drawn = Table()
-    for name in ("machines", "workers", "images/s", "hours", *(("$/hour", "$") if priced else ()), "limit", "exchange"):
+    for name in ("machines", "W", "images/s", "hours", *(("$/hour", "$") if priced else ()), "limit", "waits"):
         justify = "left" if name in ("machines", "limit") else "right"
         drawn.add_column(name, justify=justify, no_wrap=name not in ("machines", "limit"))
     for row in forecast.rows:
@@ -236,7 +247,7 @@ def show(forecast: Forecast, console: Console) -> None:
             f"{step.exchange_s / step.step_s:.0%}" if step else "?",
         )
     console.print(drawn)
-    for line in (*forecast.assumed, "exchange: the share of a step in which ranks wait for each other's numbers"):
+    for line in ("W workers; waits: the share of a step that they spend on each other's numbers", *forecast.assumed):
         console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,21 @@ def read_file(file: Path, option: str = "--config") -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{option} {file}: holds {type(tree).__name__}; a mapping of sections is right")
     return tree
+
+
+def read_extending(file: Path, option: str) -> dict[str, Any]:
+    """A file's tree, laid over that of the file it says it `extends`, and so on: mappings merged, lists replaced."""
+    tree = read_file(file, option)
+    below = tree.pop("extends", None)
+    return _over(read_extending(file.parent / str(below), option), tree) if below else tree
+
+
+def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _over(merged[key], value) if both else copy.deepcopy(value)
+    return merged
 
 
 def _override(tree: dict[str, Any], override: str) -> list[str]:

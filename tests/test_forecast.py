@@ -69,7 +69,8 @@ def cluster(folder: Path, worker: str, **more: object) -> Path:
 
 
 def rows(out: str) -> list[list[str]]:
-    """The cells of the table's rows."""
+    """The cells of the table's rows, which fit the screen."""
+    assert max(len(line) for line in out.splitlines() if "│" in line) <= 80
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
 
 
@@ -84,7 +85,6 @@ def test_plan_measures_this_machine_and_keeps_it(
     ((place, workers, images_per_s, hours, *_),) = rows(out)
     assert (place, workers) == ("this machine", "1")
     assert float(hours) == pytest.approx(6 * 16 / float(images_per_s) / 3600, rel=0.02)
-    assert max(map(len, out.split("- ", 1)[0].splitlines())) <= 80
     timings = json.loads((tmp_path / "new.json").read_text())["timings"]
     assert {(one["images"], one["beside"]) for one in timings} == {(16, 1), (8, 1), (4, 1)}
     assert plan(*settings, "--calibration", tmp_path / "new.json")[1] == out
@@ -129,6 +129,17 @@ def test_plan_invents_no_speed_for_a_gpu_it_has_not_seen(
     assert rows(plan(*settings, "--cluster", file, "--calibration", given)[1])[0][2] == "?"
 
 
+@pytest.mark.parametrize("name", ["aws.yaml", "aws-spot.yaml", "gcp.yaml", "onprem.yaml"])
+def test_the_cluster_files_that_come_with_it_have_prices_before_they_are_filled_in(
+    plan: Callable[..., Said], settings: list[str], given: Path, name: str
+) -> None:
+    file = launch.DEFAULT_CONFIG.parent.parent / "cluster" / name
+    code, out, err = plan(*settings, "--cluster", file, "--calibration", given)
+    assert code == 0, err
+    assert {row[2] for row in rows(out)} == {"?"}  # all of them have GPUs
+    assert ({row[4] for row in rows(out)} == {"?"}) == (name == "onprem.yaml")
+
+
 def test_a_machine_without_a_price_is_named(
     plan: Callable[..., Said], settings: list[str], given: Path, tmp_path: Path
 ) -> None:
@@ -146,7 +157,7 @@ def test_wrong_input_is_one_line_and_measures_nothing(
     fits_none = cluster(tmp_path, "g5.48xlarge")  # eight workers each
     for arguments, said in {
         ("--cluster", tmp_path / "gone.yaml"): "--cluster .*gone.yaml: No such file or directory",
-        ("--cluster", odd): "--cluster .*odd.yaml: no available_node_types",
+        ("--cluster", odd): "--cluster: no provider or available_node_types",
         ("--cluster", fits_none): "data.lanes=4; 1, 2, 4 workers are right",
         ("--calibration", odd): "--calibration .*odd.yaml: not a calibration",
         ("--save", tmp_path / "gone" / "x.json"): "--save .*gone/x.json",

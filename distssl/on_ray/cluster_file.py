@@ -54,7 +54,7 @@ class ClusterFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tree = _merged(path)
+        tree = settings.read_extending(path, "--cluster")
         left = [
             f"{path}: {key}={value}: fill in its value" for key, value in _leaves(tree) if PLACEHOLDER in str(value)
         ]
@@ -108,22 +108,6 @@ class ClusterFile:
         gpus = int(each.get("GPU", 0))
         share = self.options.worker or {"CPU": max(1, int(each.get("CPU", 1)) // max(gpus, 1)), "GPU": int(gpus > 0)}
         return Workers(self.options.workers or nodes * max(gpus, 1), share.get("CPU", 1), share.get("GPU", 0))
-
-
-def _merged(path: Path) -> dict[str, Any]:
-    tree = settings.read_file(path)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a mapping is right, as in cluster/aws.yaml")
-    below = tree.pop("extends", None)
-    return _over(_merged(path.parent / str(below)), tree) if below else tree
-
-
-def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _over(merged[key], value) if both else copy.deepcopy(value)
-    return merged
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
