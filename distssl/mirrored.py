@@ -45,13 +45,13 @@ def newest(context: Context, run_dir: Path) -> dict[str, Any] | None:
 
 def commit(
     run_dir: Path,
+    mirror: Mirror | None,
     step: int,
     state: Mapping[str, Any],
     metrics: Mapping[str, float],
     keep_last: int,
     keep_best: str | None,
-    keep_steps: Collection[int],
-    mirror: Mirror | None,
+    keep_steps: Collection[int] = (),
 ) -> Path:
     """Write a checkpoint and prune, here and then at the URL: what is committed is there. Rank 0 alone calls it."""
     path = checkpoint.write(run_dir, step, state, metrics)
@@ -63,7 +63,7 @@ def commit(
     return path
 
 
-def add_metrics(run_dir: Path, step: int, metrics: Mapping[str, float], mirror: Mirror | None) -> None:
+def add_metrics(run_dir: Path, mirror: Mirror | None, step: int, metrics: Mapping[str, float]) -> None:
     """`checkpoint.add_metrics`, here and at the URL."""
     checkpoint.add_metrics(run_dir, step, metrics)
     if mirror:

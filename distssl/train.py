@@ -195,7 +195,7 @@ class Training:
             if self.monitor:
                 self.monitor.log(step, metrics)
                 self.context.record(step, metrics)
-                mirrored.add_metrics(self.context.run_dir, step, metrics, self.context.mirror)
+                mirrored.add_metrics(self.context.run_dir, self.context.mirror, step, metrics)
 
     def _log(self) -> bool:
         """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
@@ -254,12 +254,10 @@ class Training:
 
     def _checkpoint(self) -> None:
         """Take the state now, write it in the background. Every rank calls it."""
-        metrics = dict(self.metrics)
+        metrics, place = dict(self.metrics), (self.context.run_dir, self.context.mirror)
         state = self._state() if self.context.rank == 0 else {}
         keep = self.cfg.checkpoint.keep_last, self.cfg.checkpoint.keep_best, self.context.pending()
-        place = self.context.mirror
-        write = functools.partial(mirrored.commit, self.context.run_dir, self.step, state, metrics, *keep, place)
-        self.context.commit(write, metrics)
+        self.context.commit(functools.partial(mirrored.commit, *place, self.step, state, metrics, *keep), metrics)
 
     def _state(self) -> dict[str, Any]:
         return checkpoint.snapshot(

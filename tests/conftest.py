@@ -25,6 +25,8 @@ from typing import Any
 
 import pytest
 
+from tests.buckets import bucket, object_store, unreliable  # noqa: F401 - fixtures of the whole suite
+
 ROOT = Path(__file__).parent.parent
 
 # Before torch is there. Tests' tensors are so small that a second thread only waits for the first: on a machine that

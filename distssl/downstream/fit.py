@@ -193,7 +193,7 @@ class Fitting:
     def _checkpoint(self) -> None:
         if self.context.rank == 0:
             state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-            mirrored.commit(self.job.folder, self.step, state, {}, 1, None, (), self.context.mirror)
+            mirrored.commit(self.job.folder, self.context.mirror, self.step, state, {}, keep_last=1, keep_best=None)
         collectives.barrier()
 
 
