@@ -15,6 +15,7 @@ from distssl import collectives, context, job, progress, report
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import order
+from distssl.mirror import Mirror
 from distssl.on_ray import place
 
 STOPPED = 130  # the exit code of a command that was asked to stop
@@ -40,7 +41,9 @@ def pretrain(run: Run, console: Console, errors: Console) -> int:
     if not finished:
         errors.print("stopped; the same command goes on from the last checkpoint")
         return STOPPED
-    report.show(run.run_dir, console)
+    if run.run_url:  # rank 0 may be on another host
+        Mirror(run.run_dir, run.run_url).pull()
+    report.show(run.run_dir, console, run.run_url)
     return 0
 
 
@@ -49,7 +52,7 @@ def _under_torchrun(run: Run, console: Console) -> int:
     with one_of_the_ranks(run.run_dir, lambda: job.prepare(run, collectives.world_size())) as ours:
         finished = job.pretrain(run, ours, job.folders(run))
         if ours.rank == 0 and finished:
-            report.show(run.run_dir, console)
+            report.show(run.run_dir, console, run.run_url)
     return 0 if finished else STOPPED
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distssl import job, monitor
+from distssl import config, job, monitor
 from distssl.context import Context
 from tests import runs
 from tests.cluster import hosts
@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.cloud, pytest.mark.timeout(900)]
 
 EPOCHS = 60
 SETTINGS = [
-    *(one for one in runs.settings() if not one.startswith(("machine.workers", "train.precision"))),
     "train.precision=float64",  # so that the order of a sum over ranks is all but invisible
     f"train.epochs={EPOCHS}",
     "eval.tasks=[]",
@@ -76,7 +75,12 @@ def test_a_run_on_spot_hosts_loses_its_client_and_a_host_and_is_the_run_of_one_m
     upload(cloud, packed, "shards")
     file = cluster_file(cloud, shared)
 
-    first = user.start("--cluster", file, "--detach", f"data.source=s3://{BUCKET}/shards", *SETTINGS)
+    run = runs.tiny(packed, shared / "alone", *SETTINGS)
+    (shared / "run.yaml").write_text(config.dump(run))
+    there = [f"data.source=s3://{BUCKET}/shards", "name=e2e", "machine.workers=2"]
+    there.append(f"machine.storage=s3://{BUCKET}/runs")
+
+    first = user.start("--cluster", file, "--detach", "--config", shared / "run.yaml", *there)
     assert first.end(240) == 0, first.said
     followed = user.start("attach", "--cluster", file)
     followed.until(lambda said: "step " in said, "a step", 240)
@@ -88,16 +92,16 @@ def test_a_run_on_spot_hosts_loses_its_client_and_a_host_and_is_the_run_of_one_m
     again = user.start("attach", "e2e", "--cluster", file)
     wait(lambda: _state(cloud, spot[0]) == "terminated", "the end of the host", 120, lambda: again.said)
     assert again.end(300) == 0, again.said
+    assert "resuming at step" in again.said
     assert len([one for one in cloud.instances() if one.get("InstanceLifecycle") == "spot"]) == 3
 
-    run = runs.tiny(packed, shared / "alone", *SETTINGS)
     with Context(run.run_dir) as context:
         assert job.pretrain(run, context, job.prepare(run, 1))
     ledger = monitor.read_jsonl(run.run_dir / monitor.LEDGER)
     assert lines(cloud, monitor.LEDGER) == ledger
-    alone, there = monitor.read_jsonl(run.run_dir / monitor.METRICS), lines(cloud, monitor.METRICS)
-    assert [row["step"] for row in there] == [row["step"] for row in alone]
-    assert [row["loss"] for row in there] == pytest.approx([row["loss"] for row in alone], rel=1e-4)
+    alone, spread = monitor.read_jsonl(run.run_dir / monitor.METRICS), lines(cloud, monitor.METRICS)
+    assert [row["step"] for row in spread] == [row["step"] for row in alone]
+    assert [row["loss"] for row in spread] == pytest.approx([row["loss"] for row in alone], rel=1e-4)
     saved = cloud.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="runs/e2e/checkpoints/")["Contents"]
     assert any(one["Key"].endswith(f"step_{ledger[-1]['step']:08d}/manifest.json") for one in saved)
 
