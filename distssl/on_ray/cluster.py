@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 
+from distssl import prices
 from distssl.errors import RunError
 from distssl.on_ray import aws
 from distssl.on_ray.cluster_file import ClusterFile
@@ -72,6 +74,18 @@ def down(file: ClusterFile, tell: Callable[[str], None]) -> None:
         left = aws.instances(file)
         if left:
             raise RunError(f"{file.path}: still there: {', '.join(one['id'] for one in left)}; look at the AWS console")
+
+
+def price(file: ClusterFile) -> str:
+    """What the hosts that are up cost, for people; "" where that is not known."""
+    if file.provider != "aws":
+        return ""
+    kinds = collections.Counter(one["type"] for one in aws.instances(file))
+    bill = prices.bill(file.config, kinds)
+    known = (
+        f"{sum(kinds.values())} hosts, about {bill.usd_per_hour:.2f} USD an hour (list prices of {prices.table().date})"
+    )
+    return known + (f", without {', '.join(bill.unknown)}, whose price is not known" if bill.unknown else "")
 
 
 def environment(file: ClusterFile) -> dict[str, str]:

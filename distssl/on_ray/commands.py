@@ -86,12 +86,13 @@ def status(target: Target, console: Console) -> int:
         if there.file and there.file.provider == "aws":
             hosts = aws.instances(there.file)
             console.print(_hosts(hosts))
+            there.say(cluster.price(there.file))
             if not hosts:
                 return 0
         there.find()
         console.print(_jobs(jobs.ours(there.client)))
-        if there.file and not jobs.running(there.client):
-            there.say(f"no job is running, and hosts are paid for: python launch.py down {there.options}")
+        if there.file:
+            there.say_idle()
     return 0
 
 

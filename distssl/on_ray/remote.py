@@ -185,8 +185,16 @@ class Cluster:
             cluster.down(self.file, lambda line: None)
             self.say("nothing of it is left")
         elif self.file:
-            self.say(f"the cluster is still up; to end it: python launch.py down {self.options}")
+            self.say_idle()
         return code
+
+    def say_idle(self) -> None:
+        """That hosts are up without work, and what that costs."""
+        assert self.file
+        if not jobs.running(self.client):
+            costs = cluster.price(self.file)
+            said = f"no job is running, and the cluster is up{f': {costs}' if costs else ''}"
+            self.console.print(f"{said}. End it: python launch.py down {self.options}", soft_wrap=True, style="yellow")
 
 
 def _check_workers(run: Run, workers: Workers) -> None:
