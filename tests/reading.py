@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from distssl.config import Machine
-from distssl.data import store
+from distssl.data import store, transfer
 from distssl.data.dataset import Dataset
 from distssl.data.order import Order
 from distssl.errors import ConfigError, RunError
@@ -62,10 +62,10 @@ def read(dataset: Dataset, epochs: int, rank: int, world_size: int, batch: int, 
     return {"digest": digest.hexdigest(), "waited_s": waited_s, **counts}
 
 
-def start(url: str, cache: Path, *options: str, sharing: int = 1, **environ: str) -> subprocess.Popen[str]:
+def start(url: str, cache: Path, *options: str, sharing: int = 1) -> subprocess.Popen[str]:
     """Such a process, one of `sharing` on its node."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"LOCAL_WORLD_SIZE": str(sharing), "PYTHONPATH": paths} | environ
+    environment = os.environ | {"LOCAL_WORLD_SIZE": str(sharing), "PYTHONPATH": paths}
     command = [sys.executable, __file__, url, str(cache), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -86,8 +86,10 @@ def main() -> int:
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--chunk", type=int, default=transfer.CHUNK, help="bytes a request")
     parser.add_argument("--step-s", type=float, default=0.0)
     args = parser.parse_args()
+    transfer.CHUNK = args.chunk
     machine = Machine(cache=args.cache, cache_gb=args.gb, retry_s=args.retry_s)
     try:
         dataset = Dataset.open(args.url, machine)
