@@ -64,7 +64,7 @@ def index(
     scan = functools.partial(index_locked, verify=verify, max_pixels=max_pixels, progress=progress, retry_s=retry_s)
     if isinstance(paths[0], Path) and out is not None and locations.is_url(out):
         raise ConfigError(f"out={out}: {url} is on this file system, so a folder is right; copy both to the store")
-    home = default_place(url, paths) if out is None else out
+    home = default_place(url, paths, key) if out is None else out
     if isinstance(home, str) and locations.is_url(home):
         return _index_beside(paths, home.rstrip("/"), scan, f"{key}={url}", cache_dir, retry_s)
     folder = Path(home).resolve()
@@ -159,7 +159,7 @@ def _described(part: Part, place: Place) -> dict:
     return {"path": _written_path(part.tar, place), **found, **remote}
 
 
-def default_place(url: str, paths: Sequence[Place]) -> Place:
+def default_place(url: str, paths: Sequence[Place], key: str = "url") -> Place:
     """The tars' own folder, or one in it where `url` names only some of its tars. Raises ConfigError for several."""
     folders = {locations.parent(path) for path in paths}
     if len(folders) > 1:
@@ -167,7 +167,7 @@ def default_place(url: str, paths: Sequence[Place]) -> Place:
     (folder,) = folders
     if isinstance(folder, Path) and not os.access(folder, os.W_OK):
         raise UnwritableError(f"out: {folder} cannot be written, so say where the index goes")
-    if locations.scheme(url) in locations.HTTP or set(expansion.expand(str(folder))) == set(paths):
+    if locations.scheme(url) in locations.HTTP or set(expansion.expand(str(folder), key=key)) == set(paths):
         return folder
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in locations.name(url).removesuffix(".tar"))
     return locations.join(folder, f"{name}.index")

@@ -72,7 +72,7 @@ def _prepare_remote(source: str, cache_dir: Path, progress: packing.Progress | N
 def _index_tars(source: str, cache_dir: Path, progress: packing.Progress | None, key: str) -> Place:
     paths = expansion.expand(source, key=key)
     try:
-        folder = Path(indexing.default_place(source, paths))
+        folder = Path(indexing.default_place(source, paths, key))
         atomic.make_folder(folder)
         with atomic.locked(folder):
             pass
