@@ -2,11 +2,11 @@
 
 Command: python benchmarks/plan.py            (--part scaling|blocks|allreduce, --repeats N; allreduce needs root)
 
-scaling: the demo's config. A calibration of single workers (two jobs side by side that do not talk; and one alone, for
+scaling: the demo's config. A calibration of single workers (two side by side that exchange nothing; and one alone, for
 comparison) predicts two; then two gloo ranks train. In turn: a training is compared with the mean of the calibrations
 before and after it, for what else the machine does comes and goes.
-blocks: the same for a machine that is not at rest. Two processes take BLOCK steps as two ranks and BLOCK steps as two
-single workers, in turn; what is compared are neighbours of a few seconds.
+blocks: the same for a machine that is not at rest. Two processes take BLOCK steps as two ranks, and BLOCK steps as
+such whose collectives return at once, in turn; what is compared are neighbours of a few seconds.
 allreduce: eight hosts behind slow links (shaped_links.py). alpha and beta are fitted at two and four ranks, all-reduces
 of eight are predicted, and timed. Beside it the textbook's ring, 2 (W - 1) (alpha + n beta / W), fitted to the same.
 """
@@ -27,7 +27,10 @@ import all_reduces
 import numpy as np
 import provenance
 import shaped_links
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
 
 from distssl import calibrate, collectives, config, estimate, job, method, train
 from distssl.calibrate import Calibration, Data
@@ -39,7 +42,7 @@ from distssl.estimate import Links, Measured, Timing
 LOG_EVERY = 10
 WINDOWS = 2  # of LOG_EVERY steps, after one to warm up
 BLOCK, NUM_BLOCKS = 5, 4  # steps; pairs of blocks a repeat
-SIDE_BY_SIDE, ALONE = "two jobs side by side", "one job alone"
+SIDE_BY_SIDE, ALONE = "two side by side", "one alone"
 FITTED, PREDICTED = (2, 4), 8
 REDUCED = ((1 << 10, 15), (250_000, 9), (1_000_000, 5), (4_000_000, 3), (16_000_000, 3), (100_000_000, 3))
 
@@ -129,23 +132,24 @@ def measure_blocks(repeats: int, overrides: Sequence[str]) -> list[Pair]:
 
 
 def _blocks(run: Run, data: Data, num: int) -> list[Pair]:
-    """One rank of two, which is now and then a single worker with half of the batch."""
+    """One rank of two, whose collectives now and then return at once."""
     half, lanes = run.data.global_batch // 2, calibrate.lanes(run)
     blocking, links = calibrate._talk(run, data)
+    silent = dist.new_group([0, 1], backend="fake")
     pairs = []
     with contextlib.ExitStack() as stack:
         together = stack.enter_context(calibrate._training(run, half, data, lanes))
         size = calibrate._gradient_bytes(together)
-        with _single():
-            alone = stack.enter_context(calibrate._training(run, half, data, lanes // 2))
-            batches = {SIDE_BY_SIDE: alone.batches(), "": together.batches()}
-            next(batches[SIDE_BY_SIDE])  # what it reads is settled here
+        with _in_group(silent):
+            alone = stack.enter_context(calibrate._training(run, half, data, lanes))
+            alone.model = alone.method
         steps = {SIDE_BY_SIDE: alone, "": together}
+        batches = {kind: training.batches() for kind, training in steps.items()}
         for nth in range(num + 1):
             seconds = {}
             for kind in steps if nth % 2 else reversed(steps):
                 collectives.barrier()
-                with _single() if kind else contextlib.nullcontext():
+                with _in_group(silent) if kind else contextlib.nullcontext():
                     seconds[kind] = _steps_s(steps[kind], batches[kind])
             found = collectives.gather_objects(seconds)
             timing = Timing(half, 2, 0, 0, float(np.mean([one[SIDE_BY_SIDE] for one in found])))
@@ -162,13 +166,14 @@ def _steps_s(training: train.Training, batches: Iterator[dict[str, Tensor]]) -> 
 
 
 @contextmanager
-def _single() -> Iterator[None]:
-    """This process has no others meanwhile."""
-    there, collectives._has_group = collectives._has_group, lambda: False
+def _in_group(group: dist.ProcessGroup) -> Iterator[None]:
+    """Let collectives be those of another group meanwhile."""
+    there = dist.GroupMember.WORLD
+    distributed_c10d._update_default_pg(group)
     try:
         yield
     finally:
-        collectives._has_group = there
+        distributed_c10d._update_default_pg(there)
 
 
 def scaling_table(pairs: Sequence[Pair]) -> list[str]:

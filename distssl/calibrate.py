@@ -1,8 +1,9 @@
 """Measures a few steps of a run on this machine, for `estimate`: each rank alone, without the others it will talk to.
 
+A rank does all that one of W does, norms and losses over the global batch among it, but its collectives return at once.
 Ranks that share a machine are measured side by side, each in a process of its own with the threads it would have: they
-take from each other cores, memory bandwidth and clock. They exchange nothing meanwhile. What they would exchange is
-counted in two ranks at small batches, and this machine's own alpha and beta are fitted to all-reduces between them.
+take from each other cores, memory bandwidth and clock. What they would exchange is counted in two real ranks at small
+batches, and this machine's own alpha and beta are fitted to all-reduces between those.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from distssl import atomic, collectives, config, estimate, train
+from distssl import atomic, collectives, config, estimate, method, train
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import order
@@ -199,16 +200,31 @@ def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int) -> _F
     """One rank of those side by side: together until all are ready, then each for itself."""
     beside = collectives.world_size()
     collectives.barrier()
-    collectives.shutdown()  # from here on this process is a world of its own
+    collectives.shutdown()  # from here on they have nothing to do with each other
     torch.set_num_threads(num_threads)
     timings, gradient_bytes, epoch_start_s = [], 0, 0.0
     for images in sizes:
-        with _training(run, images, data, lanes(run) * images // run.data.global_batch) as training:
+        # What comes before an epoch exchanges things whose meaning counts: there a rank is measured as the only one.
+        world_size = 1 if method.find(run.method.name).embeds else run.data.global_batch // images
+        num_lanes = lanes(run) * images * world_size // run.data.global_batch
+        with _one_of(world_size), _training(run, images, data, num_lanes) as training:
+            training.model = training.method
             timings.append(_time(training, images, beside))
             gradient_bytes = _gradient_bytes(training)
             if training.method.embeds and not epoch_start_s:
                 epoch_start_s = _seconds(training, training.start_epoch)
     return _Found(gradient_bytes, epoch_start_s, tuple(timings))
+
+
+@contextmanager
+def _one_of(world_size: int) -> Iterator[None]:
+    """A rank of so many, with norms over all of them and losses of all their rows, but no others to wait for."""
+    if world_size > 1:
+        collectives.pretend(world_size)
+    try:
+        yield
+    finally:
+        collectives.shutdown()
 
 
 def _time(training: train.Training, images: int, beside: int) -> Timing:

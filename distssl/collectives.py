@@ -74,6 +74,16 @@ def _in_group(function: Callable[..., T], args: tuple[Any, ...]) -> T:
         shutdown()
 
 
+def pretend(world_size: int) -> None:
+    """Become rank 0 of a group whose others do not exist: every collective returns at once, and what it brings is void.
+
+    For measuring what a rank of so many does by itself. DistributedDataParallel does not work in it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend known
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
 def shutdown() -> None:
     """Leave the process group; without one do nothing."""
     if _has_group():

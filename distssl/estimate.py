@@ -116,7 +116,7 @@ def fit_links(measured: Sequence[Measured]) -> Links:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a batch of one rank without others to talk to, `beside` such ranks at work on the machine at once.
+    """Seconds a batch of one rank of W that waits for no other, `beside` such ranks at work on the machine at once.
 
     load_s: reading and decoding alone. compute_s: forward, backward and optimiser alone, views in memory. step_s: both
     as they run, one ahead of the other.
