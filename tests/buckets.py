@@ -3,7 +3,8 @@
     def test_something(bucket):        # a URL, s3://NAME, of a bucket of its own; the environment says where and how
         Remote(f"{bucket}/runs/demo").write("a.txt", b"...")
 
-Processes started by a test inherit the environment. `unreliable` is the proxy, which then stands between.
+Processes started by a test inherit the environment; ranks of the pool have to `learn` what they are `told`.
+`unreliable` is the proxy, which then stands between.
 """
 
 from __future__ import annotations
@@ -147,6 +148,18 @@ def unreliable(bucket: str, object_store: Server, monkeypatch: pytest.MonkeyPatc
     point_at(monkeypatch, proxy.endpoint)
     yield proxy
     proxy.close()
+
+
+def told() -> dict[str, str]:
+    """What this process knows of S3, for `learn` in ranks: they may be older than the bucket."""
+    return {name: os.environ[name] for name in (*KEYS, "AWS_ENDPOINT_URL", "NO_PROXY")}
+
+
+def learn(environment: dict[str, str]) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    os.environ.update(environment)
 
 
 def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, **variables: str) -> None:

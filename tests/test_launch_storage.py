@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from distssl import checkpoint, config, job, mirror, monitor
+from distssl import checkpoint, config, job, mirror, monitor, sweep
 from distssl.config import Run
 from distssl.context import Context
 from distssl.downstream.rows import read_summary
+from distssl.errors import ConfigError
 from distssl.remote import Remote
 from tests import runs
 from tests.buckets import Unreliable
@@ -229,3 +231,26 @@ def test_a_run_in_a_bucket_is_evaluated_compared_and_exported(
     code, out, err = command("export", stored, "--format", "safetensors")
     assert code == 0, err
     assert there.names("export") == ["export/MODEL_CARD.md", "export/safetensors.safetensors"]
+
+
+def test_a_sweep_of_runs_in_a_bucket_lies_there(stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tree = {"name": "tiny", "runs": [stored], "space": {"eval.neighbours": {"choice": [1, 3]}}, "task": "knn"}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    storage = stored.replace("runs/demo", "sweeps")
+    swept = sweep.load(tmp_path / "sweep.yaml", [f"storage={storage}"])
+    chosen = sweep.trial(swept, {"eval.neighbours": 3})
+    assert chosen.command("knn").startswith(f"python launch.py evaluate {stored} --task knn ")
+    assert chosen.run.eval.neighbours == 3
+    sweep.claim(swept)
+    sweep.claim(swept)
+    outcome = sweep.Outcome(0, {"eval.neighbours": 3}, 0.5, None)
+    sweep.keep(swept, [outcome])
+    there = Remote(f"{storage}/tiny")
+    assert there.names() == ["outcomes.jsonl", "sweep.yaml"]
+    assert json.loads(there.read("outcomes.jsonl") or b"")["value"] == 0.5
+    shutil.rmtree(tmp_path / "home")
+    with pytest.raises(ConfigError, match=f"{storage}/tiny: holds another sweep"):
+        sweep.claim(swept.model_copy(update={"num_trials": 5}))
+    with pytest.raises(ConfigError, match=f"runs: {stored}-none: no run there"):
+        sweep.load(tmp_path / "sweep.yaml", [f"storage={storage}", f"runs=[{stored}-none]"])

@@ -15,6 +15,7 @@ from distssl import checkpoint, mirrored
 from distssl.context import Context
 from distssl.errors import ConfigError
 from distssl.mirror import Mirror
+from tests import buckets
 from tests.buckets import Unreliable
 from tests.conftest import Ranks
 
@@ -153,7 +154,10 @@ def test_later_figures_are_added_to_one_that_is_still_there(copies: Mirror) -> N
         assert json.loads(found)["metrics"] == {"loss": 0.25, "knn": 0.5}
 
 
-def newest_of_a_host(folder: Path, bucket: str | None) -> tuple[Any, str, bool]:
+def newest_of_a_host(
+    folder: Path, bucket: str | None, environment: dict[str, str] | None = None
+) -> tuple[Any, str, bool]:
+    buckets.learn(environment or {})
     host = folder / f"host{torch.distributed.get_rank() // 2}"
     with Context(host) as context:
         if bucket:
@@ -167,7 +171,7 @@ def test_ranks_on_two_hosts_go_on_from_the_same_checkpoint(
 ) -> None:
     commit(copies, 2, 4)
     checkpoint.write(tmp_path / "host1", 7, state(7, "another"), {})
-    found = ranks(4).run(newest_of_a_host, tmp_path, bucket)
+    found = ranks(4).run(newest_of_a_host, tmp_path, bucket, buckets.told())
     assert [of_rank[0] for of_rank in found] == [(4, "mine")] * 4
     nodes = [of_rank[1] for of_rank in found]
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
@@ -185,10 +189,10 @@ def test_a_mistake_of_one_rank_is_told_by_all(
 ) -> None:
     commit(copies, 2)
     copies.remote.write("checkpoints/step_00000002/state.pt", b"cut")
-    assert ranks(4).run(mistake_of_newest, tmp_path, bucket) == [2] * 4  # lines
+    assert ranks(4).run(mistake_of_newest, tmp_path, bucket, buckets.told()) == [2] * 4  # lines
 
 
-def mistake_of_newest(folder: Path, bucket: str) -> int:
+def mistake_of_newest(folder: Path, bucket: str, environment: dict[str, str]) -> int:
     with pytest.raises(ConfigError, match="no checkpoint there is whole") as raised:
-        newest_of_a_host(folder, bucket)
+        newest_of_a_host(folder, bucket, environment)
     return len(raised.value.messages)

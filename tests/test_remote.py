@@ -69,6 +69,7 @@ def test_a_store_that_fails_for_a_while_is_waited_for(unreliable: Unreliable, bu
 def test_a_store_that_does_not_come_back_is_named(
     unreliable: Unreliable, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     there = Remote(f"{bucket}/runs")
     there.patience_s = 0.5
     unreliable.fail_for(600)
