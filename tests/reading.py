@@ -42,6 +42,7 @@ def read(dataset: Dataset, epochs: int, rank: int, world_size: int, batch: int, 
     """What a rank reads; `step_s` is what a training step would take."""
     order = Order(dataset.shard_first, seed=0, global_batch=batch, lanes=min(batch, 8), shuffle_window=16)
     reader, digest, waited_s = store.open_shards(dataset), hashlib.sha256(), 0.0
+    began = time.perf_counter()
     coming = reader.ahead(requests(order, epochs, rank, world_size))
     try:
         while True:
@@ -59,7 +60,7 @@ def read(dataset: Dataset, epochs: int, rank: int, world_size: int, batch: int, 
         reader.close()
     traffic = dataset.traffic
     counts = {name: getattr(traffic, name) for name in ("hits", "misses", "num_downloads")} if traffic else {}
-    return {"digest": digest.hexdigest(), "waited_s": waited_s, **counts}
+    return {"digest": digest.hexdigest(), "waited_s": waited_s, "total_s": time.perf_counter() - began, **counts}
 
 
 def start(url: str, cache: Path, *options: str, sharing: int = 1) -> subprocess.Popen[str]:
