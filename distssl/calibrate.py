@@ -163,12 +163,8 @@ def load(file: Path, run: Run) -> Calibration:
 
 def _settings(run: Run) -> dict[str, Any]:
     """What a rank's step is a function of, its batch size aside."""
-    train = {"train.precision", "train.optimizer", "train.micro_batch"}
-    chosen = {
-        key: value
-        for key, value in config.science(run).items()
-        if key.startswith(("method.", "model.")) or key in train
-    }
+    of = ("method.", "model.", "train.precision", "train.optimizer", "train.micro_batch")
+    chosen = {key: value for key, value in config.science(run).items() if key.startswith(of)}
     return json.loads(json.dumps({**chosen, "data.source": run.data.source, "machine.threads": run.machine.threads}))
 
 
@@ -212,7 +208,7 @@ def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int) -> _F
             timings.append(_time(training, images, beside))
             gradient_bytes = _gradient_bytes(training)
             if training.method.embeds and not epoch_start_s:
-                epoch_start_s = _seconds(training, training.start_epoch)
+                epoch_start_s = _mean(training, training.start_epoch, 1, 0)
     return _Found(gradient_bytes, epoch_start_s, tuple(timings))
 
 
@@ -241,21 +237,16 @@ def _time(training: train.Training, images: int, beside: int) -> Timing:
     return Timing(images, beside, load_s=load_s, compute_s=compute_s, step_s=step_s)
 
 
-def _mean(training: train.Training, act: Callable[[], object]) -> float:
-    """Seconds of one of as many as PART_S holds."""
+def _mean(
+    training: train.Training, act: Callable[[], object], at_least: int = MIN_BATCHES, for_s: float = PART_S
+) -> float:
+    """Seconds of one of as many as that takes."""
     started, num = time.perf_counter(), 0
-    while num < MIN_BATCHES or time.perf_counter() - started < PART_S:
+    while num < at_least or time.perf_counter() - started < for_s:
         act()
         num += 1
     _finish(training)
     return (time.perf_counter() - started) / num
-
-
-def _seconds(training: train.Training, act: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    act()
-    _finish(training)
-    return time.perf_counter() - started
 
 
 def _finish(training: train.Training) -> None:
