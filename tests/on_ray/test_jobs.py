@@ -1,0 +1,40 @@
+"""What is shown of a job's log, what is shipped, and which interface hosts speak by."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+
+from distssl.on_ray import jobs, network
+
+
+def test_a_log_that_comes_from_its_start_again_is_shown_once() -> None:
+    log = "".join(f"line {number}\n" for number in range(50))
+    draws = random.Random(0)
+    shown: list[str] = []
+    view = jobs._Log(shown.append)
+    for _ in range(6):  # each connection gives the log anew, in other pieces, and breaks somewhere
+        position, end = 0, draws.randrange(len(log))
+        while position < end:
+            piece = log[position : min(end, position + draws.randrange(1, 40))]
+            view.add(position, piece)
+            position += len(piece)
+    view.add(0, log)
+    assert "".join(shown) == log
+
+
+def test_what_is_shipped_is_the_code_and_no_more() -> None:
+    with jobs.shipment({"job.yaml": "seed: 1\n"}) as folder:
+        assert {path.name for path in folder.iterdir()} == {*jobs.SHIPPED, "job.yaml"}
+        assert not list(folder.rglob("*.pyc"))
+        done = subprocess.run(
+            [sys.executable, "launch.py", "--help"], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_interface_of_an_address() -> None:
+    assert network.interface_of("127.0.0.1") in dict(socket.if_nameindex()).values()
+    assert network.interface_of("192.0.2.1") is None  # an address for documentation
