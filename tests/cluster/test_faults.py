@@ -69,6 +69,13 @@ def fails(user: User, file: Path, told: str, code: int, **environment: str) -> N
     assert told in errors[0]
 
 
+def look_at_keys_after(num_requests: int) -> None:
+    """Have moto look at keys, as AWS does, but for its next requests."""
+    asked = urllib.request.Request(f"{ENDPOINT}/moto-api/reset-auth", str(num_requests).encode(), method="POST")
+    asked.add_header("Content-Type", "text/plain")
+    urllib.request.urlopen(asked).close()
+
+
 def nothing_is_left(cloud: Cloud) -> None:
     assert not cloud.instances(*ALIVE)
     groups = cloud.client("ec2").describe_security_groups()["SecurityGroups"]
@@ -83,9 +90,9 @@ def test_no_credentials(cloud: Cloud, user: User, shared: Path) -> None:
 
 def test_wrong_credentials(cloud: Cloud, user: User, shared: Path) -> None:
     file = cluster_file(cloud, shared)
-    urllib.request.urlopen(urllib.request.Request(f"{ENDPOINT}/moto-api/reset-auth", b"0", method="POST")).close()
+    look_at_keys_after(0)
     fails(user, file, "AWS refuses", 2, AWS_ACCESS_KEY_ID="AKIAWRONG")
-    urllib.request.urlopen(urllib.request.Request(f"{ENDPOINT}/moto-api/reset-auth", b"100000", method="POST")).close()
+    look_at_keys_after(10**6)
     nothing_is_left(cloud)
 
 
