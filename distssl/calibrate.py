@@ -80,13 +80,13 @@ class _Found:
     timings: tuple[Timing, ...]
 
 
-def measure(run: Run, data: Data, batches: Sequence[tuple[int, int]]) -> Calibration:
+def measure(run: Run, data: Data, batches: Sequence[tuple[int, int]], part_s: float = PART_S) -> Calibration:
     """Take a few steps at each (images a rank N, ranks side by side R) of `batches`; N is a share of the global batch
     that some number of workers would have."""
     found = []
     for beside in sorted({beside for _, beside in batches}):
         sizes = [images for images, there in batches if there == beside]
-        found.append(_mean_of_ranks(collectives.launch(_measure, beside, run, data, sizes, threads(beside))))
+        found.append(_mean_of_ranks(collectives.launch(_measure, beside, run, data, sizes, threads(beside), part_s)))
     blocking, links = collectives.launch(_talk, 2, run, data)[0]
     return Calibration(
         machine=_cpu_model(),
@@ -192,7 +192,7 @@ def _training(
         training.close()
 
 
-def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int) -> _Found:
+def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int, part_s: float) -> _Found:
     """One rank of those side by side: together until all are ready, then each for itself."""
     beside = collectives.world_size()
     collectives.barrier()
@@ -205,10 +205,10 @@ def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int) -> _F
         num_lanes = lanes(run) * images * world_size // run.data.global_batch
         with _one_of(world_size), _training(run, images, data, num_lanes) as training:
             training.model = training.method
-            timings.append(_time(training, images, beside))
+            timings.append(_time(training, images, beside, part_s))
             gradient_bytes = _gradient_bytes(training)
             if training.method.embeds and not epoch_start_s:
-                epoch_start_s = _mean(training, training.start_epoch, 1, 0)
+                epoch_start_s = _mean(training, training.start_epoch, 0.0, at_least=1)
     return _Found(gradient_bytes, epoch_start_s, tuple(timings))
 
 
@@ -223,23 +223,21 @@ def _one_of(world_size: int) -> Iterator[None]:
         collectives.shutdown()
 
 
-def _time(training: train.Training, images: int, beside: int) -> Timing:
+def _time(training: train.Training, images: int, beside: int, part_s: float) -> Timing:
     batches = training.batches()
     for _ in range(WARM_BATCHES):
         training.take_step(batches)
-    step_s = _mean(training, lambda: training.take_step(batches))
+    step_s = _mean(training, lambda: training.take_step(batches), part_s)
     views = itertools.repeat(next(batches))
     training.take_step(views)  # while the loader fills its queue for the last time
-    compute_s = _mean(training, lambda: training.take_step(views))
+    compute_s = _mean(training, lambda: training.take_step(views), part_s)
     for _ in range(training.cfg.machine.prefetch + 1):
         next(batches)
-    load_s = _mean(training, lambda: next(batches))
+    load_s = _mean(training, lambda: next(batches), part_s)
     return Timing(images, beside, load_s=load_s, compute_s=compute_s, step_s=step_s)
 
 
-def _mean(
-    training: train.Training, act: Callable[[], object], at_least: int = MIN_BATCHES, for_s: float = PART_S
-) -> float:
+def _mean(training: train.Training, act: Callable[[], object], for_s: float, at_least: int = MIN_BATCHES) -> float:
     """Seconds of one of as many as that takes."""
     started, num = time.perf_counter(), 0
     while num < at_least or time.perf_counter() - started < for_s:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distssl import calibrate, method
+from distssl import calibrate, collectives, method, verify
 from distssl.calibrate import Calibration, Data
 from distssl.config import Run
 from distssl.errors import ConfigError
@@ -23,9 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def measured(run: Run) -> Calibration:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "PART_S", 0.2)
-        return calibrate.measure(run, Data(Path(run.data.source)), [(16, 1), (8, 1)])
+    return calibrate.measure(run, Data(Path(run.data.source)), [(16, 1), (8, 1)], part_s=0.2)
 
 
 def test_each_batch_size_is_timed(measured: Calibration) -> None:
@@ -45,6 +43,20 @@ def test_a_step_waits_for_each_batch_norm_both_ways(run: Run, measured: Calibrat
     assert all(forward.count(4 * (2 * width + 1)) >= widths.count(width) for width in widths)  # mean, variance, count
     learnt = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
     assert measured.gradient_bytes == 4 * learnt
+
+
+@pytest.mark.parametrize("name", [name for name in method.names() if not method.find(name).embeds])
+def test_a_rank_without_others_takes_the_steps_of_every_method(tmp_path: Path, name: str) -> None:
+    packed = verify.pack(tmp_path)
+    run = runs.tiny(packed, tmp_path, f"method.name={name}")
+    labelled = packed if method.find(name).learns_from_labels else None
+    with calibrate._one_of(2), calibrate._training(run, 8, Data(packed, labelled), 2) as training:
+        training.model = training.method
+        assert collectives.world_size() == 2
+        batches = training.batches()
+        training.take_step(batches)
+        assert len(next(batches)["id"]) == 8
+    assert collectives.world_size() == 1
 
 
 def test_what_is_saved_is_loaded(run: Run, measured: Calibration, tmp_path: Path) -> None:
