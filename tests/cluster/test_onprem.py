@@ -80,8 +80,5 @@ def test_two_hosts_by_their_list_and_by_the_address_of_the_dashboard(
     assert held.end(60) == 130, held.said
     assert list((shared / "runs/held/checkpoints").glob("step_*"))
 
-    code, said = user.run("verify", "--methods", "simclr", "--world-sizes", "2", "--cluster", file)
-    assert code == 0, said
-    assert "holds" in said
     code, said = user.run("down", "--cluster", file)
     assert code == 0, said
