@@ -3,10 +3,10 @@
 Command: python benchmarks/object_store.py            (--repeats N, --latency-s S)
 
 The photos of clothing_cc0_s224.zip lie in tars of 64 behind tests/object_server.py, in a process of its own that counts
-what it sends. train: the product's Training (SimCLR, 64 px, a small ResNet), on local tars and from the store with an
+what it sends. train: the product's Training (SimCLR, 64 px, a ResNet-10 of width 16), on local tars and from the store with an
 empty cache, in turn; the share of the time it waits for views, which includes what this machine's two cores take to
 make them, so the two are to be compared. ranks: four ranks of two nodes, each node a cache folder, that read as
-training does without decoding, 50 ms a step. bound: three processes share a cache that holds half of the tars.
+training does without decoding, 0.2 s a step. bound: three processes share a cache that holds half of the tars.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ RUN = [
     "method.augment={size_px: 64}",
     "model.backbone=resnet10",
     "model.stem=3x3_s2",
+    "model.options={width: 16}",
     "train.optimizer=adamw",
     "train.lr=0.001",
     "train.epochs=1",
@@ -112,7 +113,7 @@ def finished(process: subprocess.Popen[str]) -> dict:
 
 def ranks(url: str, scratch: Path) -> list[dict]:
     """Four ranks of two nodes."""
-    options = ("--world-size", "4", "--epochs", "2", "--batch", "256", "--step-s", "0.05")
+    options = ("--world-size", "4", "--epochs", "3", "--batch", "256", "--step-s", "0.2")
     nodes = [scratch / "node0", scratch / "node0", scratch / "node1", scratch / "node1"]
     started = [reader(url, node, 2, "--rank", str(rank), *options) for rank, node in enumerate(nodes)]
     return [finished(process) for process in started]
@@ -181,10 +182,12 @@ def report(scratch: Path, repeats: int, latency_s: float) -> None:
     waits_of_ranks, downloads = [], []
     for repeat in range(repeats):
         with served(packed, latency_s) as url:
-            waits_of_ranks += [rank["waited_s"] / rank["total_s"] for rank in ranks(url, scratch / f"ranks{repeat}")]
+            waits_of_ranks += [
+                sum(rank["waited_s"]) / rank["total_s"] for rank in ranks(url, scratch / f"ranks{repeat}")
+            ]
             downloads += times_downloaded(url, packed)
     print(f"| 4 ranks on 2 nodes: share of time waiting | {shown(waits_of_ranks)} | < {BAR} |")
-    print(f"| 4 ranks on 2 nodes: downloads of a tar, both nodes | {shown(downloads)} | 2 |")
+    print(f"| 4 ranks on 2 nodes: downloads of a tar, both nodes | {shown(downloads)} | <= 2 |")
     bound = sum(sizes) // 2
     with served(packed, latency_s) as url:
         most = [most_held(url, scratch / f"bound{repeat}", bound) / bound for repeat in range(repeats)]

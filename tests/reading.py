@@ -41,7 +41,8 @@ def requests(order: Order, epochs: int, rank: int, world_size: int) -> Iterator[
 def read(dataset: Dataset, epochs: int, rank: int, world_size: int, batch: int, step_s: float = 0.0) -> dict:
     """What a rank reads; `step_s` is what a training step would take."""
     order = Order(dataset.shard_first, seed=0, global_batch=batch, lanes=min(batch, 8), shuffle_window=16)
-    reader, digest, waited_s = store.open_shards(dataset), hashlib.sha256(), 0.0
+    reader, digest, waited_s = store.open_shards(dataset), hashlib.sha256(), []
+    dataset.rows(np.arange(1))  # pyarrow takes half a second to be used for the first time
     began = time.perf_counter()
     coming = reader.ahead(requests(order, epochs, rank, world_size))
     try:
@@ -54,7 +55,7 @@ def read(dataset: Dataset, epochs: int, rank: int, world_size: int, batch: int, 
             for place in zip(rows.shard.tolist(), rows.offset.tolist(), rows.size.tolist(), strict=True):
                 digest.update(reader.read(*place))
             reader.release()
-            waited_s += time.perf_counter() - started
+            waited_s.append(time.perf_counter() - started)
             time.sleep(step_s)
     finally:
         reader.close()

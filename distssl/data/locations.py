@@ -56,7 +56,8 @@ def join(folder: Place, path: str) -> Place:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of a URL and the path in it. Raises ConfigError for a scheme that cannot be used."""
-    return _filesystem(os.getpid(), scheme(url), url)
+    opened = _open_filesystem(os.getpid(), scheme(url))
+    return opened, opened._strip_protocol(url)
 
 
 def check(url: str, key: str) -> None:
@@ -65,12 +66,6 @@ def check(url: str, key: str) -> None:
         filesystem(url)
     except ConfigError as error:
         raise ConfigError(f"{key}={url}: {error}") from error
-
-
-@functools.lru_cache(maxsize=4096)
-def _filesystem(_pid: int, protocol: str, url: str) -> tuple[Any, str]:
-    opened = _open_filesystem(_pid, protocol)
-    return opened, opened._strip_protocol(url)
 
 
 @functools.lru_cache(maxsize=16)
