@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distssl.data import annotations, locations, tars, transfer
+from distssl.data import annotations, tars, transfer
 from distssl.data.locations import Place
 
 VERSION = 3
@@ -60,7 +60,7 @@ def name(tar: Place, max_pixels: int, verify: bool, retry_s: float) -> str:
     """A name that changes with the tar and with how it is scanned."""
     try:
         if isinstance(tar, str):
-            found = transfer.patiently(tar, lambda: locations.Object(tar), retry_s)
+            found = transfer.opened(tar, retry_s)
             state = [found.size, found.tag]
         else:
             stat = tar.stat()

@@ -4,8 +4,8 @@ Every tar's result is kept in `.index/` under a name made of the tar's path, byt
 options, so an interrupted indexing goes on and a second one, after tars were added, reads the new ones only. Of remote
 tars only headers are read, by ranged requests; their results are kept in the cache until they are an index.
 
-The fingerprint is made of what each tar holds (its rows, and its sha256; of a remote tar, of which nobody has read all,
-its size and ETag, or what else the store says changes with it) and the names of the classes.
+The fingerprint is made of each tar's rows and sha256 (of a remote tar, which nobody has read whole, size and ETag, or
+what else the store says changes with it) and the names of the classes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -82,8 +83,7 @@ def _index_beside(
     retry_s: float,
 ) -> str:
     """Index in a folder of the cache, then put the index on the store; dataset.json last."""
-    cache_dir = cache_dir or config.Machine().cache
-    folder = cache_dir / "indexing" / index_parts.digest(home)
+    folder = (cache_dir or config.Machine().cache) / "indexing" / index_parts.digest(home)
     atomic.make_folder(folder)
     with atomic.locked(folder):
         known = _read(f"{home}/{DATASET}", retry_s)
@@ -183,12 +183,13 @@ def _scan_all(
         probe = Probe()
     (out / PARTS).mkdir(exist_ok=True)
 
+    stop = threading.Event()
+
     def scanned(path: Place) -> Part:
-        name = index_parts.name(path, max_pixels, verify, retry_s)
-        file = out / PARTS / f"{name}.parquet"
+        file = out / PARTS / f"{index_parts.name(path, max_pixels, verify, retry_s)}.parquet"
         part = index_parts.read(path, file)
         if part is None:
-            scan = tars.scan(path, max_pixels=max_pixels, probe=probe, retry_s=retry_s)
+            scan = tars.scan(path, max_pixels=max_pixels, probe=probe, retry_s=retry_s, stop=stop)
             with atomic.replacing(file) as temporary:
                 index_parts.write(scan, temporary)
             part = index_parts.read(path, file)
@@ -197,7 +198,7 @@ def _scan_all(
 
     parts: list[Part] = []
     num_threads = (VERIFYING_THREADS if verify else THREADS) if isinstance(paths[0], str) else 1
-    with _mapped(scanned, paths, num_threads) as results:
+    with _mapped(scanned, paths, num_threads, stop) as results:
         for part in results:
             parts.append(part)
             if progress:
@@ -210,8 +211,10 @@ def _scan_all(
 
 
 @contextmanager
-def _mapped(function: Callable[[Place], Part], paths: Sequence[Place], num_threads: int) -> Iterator[Iterator[Part]]:
-    """`map`, by several threads if asked to; what goes wrong with one ends the others before their next."""
+def _mapped(
+    function: Callable[[Place], Part], paths: Sequence[Place], num_threads: int, stop: threading.Event
+) -> Iterator[Iterator[Part]]:
+    """`map`, by several threads if asked to, which `stop` ends: set when one fails, or somebody presses Ctrl-C."""
     if num_threads == 1:
         yield map(function, paths)
         return
@@ -219,6 +222,7 @@ def _mapped(function: Callable[[Place], Part], paths: Sequence[Place], num_threa
         try:
             yield pool.map(function, paths)
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -237,13 +241,10 @@ def _refuse_other_shards(paths: Sequence[Place], place: Place, retry_s: float) -
 
 
 def _exists(path: Place, retry_s: float) -> bool:
-    if isinstance(path, Path):
-        return path.exists()
     try:
-        transfer.patiently(path, lambda: locations.Object(path), retry_s)
+        return path.exists() if isinstance(path, Path) else bool(transfer.opened(path, retry_s))
     except transfer.RefusedError:
         return False
-    return True
 
 
 def _read(path: Place, retry_s: float) -> bytes | None:

@@ -7,23 +7,27 @@ and requests are few where they are small.
 from __future__ import annotations
 
 import collections
+import threading
 from typing import overload
 
 from distssl.data import transfer
-from distssl.data.locations import Object
 
 WINDOW, LARGEST_WINDOW = 32 << 10, 1 << 20  # bytes a request; an image's header seldom needs more
 KEPT = 2 << 20  # bytes of windows: a sample is looked at again when its last member is known
 
 
 class RangedFile:
-    """Read-only, by ranged requests that are tried again for `retry_s` seconds. One thread at a time."""
+    """Read-only, by ranged requests that are tried again for `retry_s` seconds. One thread at a time.
 
-    def __init__(self, url: str, retry_s: float, window: int = WINDOW) -> None:
+    stop: ends the reading, by StoppedError, when it is set.
+    """
+
+    def __init__(self, url: str, retry_s: float, window: int = WINDOW, stop: threading.Event | None = None) -> None:
         self.url = url
+        self.stop = stop
         self.retry_s = retry_s
         self.window = window
-        self._object = transfer.patiently(url, lambda: Object(url), retry_s)
+        self._object = transfer.opened(url, retry_s, stop)
         self.size = self._object.size
         self.tag = self._object.tag
         self._at = 0
@@ -53,11 +57,13 @@ class RangedFile:
             if first <= start and end <= first + len(window):
                 self._windows.move_to_end(first)
                 return window[start - first : end - first]
+        if self.stop is not None and self.stop.is_set():
+            raise transfer.StoppedError
         in_a_row = self._windows and self._end - self._length <= start <= self._end
         length = min(2 * self._length, max(LARGEST_WINDOW, self.window)) if in_a_row else self.window
-        stop = min(max(end, start + length), self.size)
-        window = transfer.patiently(self.url, lambda: self._object.read(start, stop), self.retry_s)
-        self._windows[start], self._end, self._length = window, stop, length
+        last = min(max(end, start + length), self.size)
+        window = transfer.patiently(self.url, lambda: self._object.read(start, last), self.retry_s, self.stop)
+        self._windows[start], self._end, self._length = window, last, length
         while len(self._windows) > 2 and sum(map(len, self._windows.values())) > KEPT:
             self._windows.popitem(last=False)
         return window[: end - start]

@@ -21,6 +21,7 @@ from distssl.data.transfer import Tar
 from distssl.errors import ConfigError
 
 LOOK_AHEAD = 512  # requests: about as many as a lane's shuffle window has steps
+MOST_PINNED = 128  # file descriptors
 PULLED = 8  # of them with every request, so that a run's start does not wait for all
 
 
@@ -98,6 +99,8 @@ class RemoteStore:
         Raises RunError or ConfigError where the store or the disk does not give or take a tar.
         """
         if shard not in self._open:
+            if len(self._open) == MOST_PINNED:
+                self.release()
             descriptor = self._fetcher.pinned(shard)
             if descriptor is None:
                 self.release()  # a process that waits pins nothing

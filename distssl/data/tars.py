@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import re
 import tarfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -57,16 +58,23 @@ class Scan:
     tag: str | None = None  # of a remote tar: its ETag, or what else changes with it
 
 
-def scan(tar: Place, *, max_pixels: int, probe: Probe | None = None, retry_s: float = transfer.RETRY_S) -> Scan:
+def scan(
+    tar: Place,
+    *,
+    max_pixels: int,
+    probe: Probe | None = None,
+    retry_s: float = transfer.RETRY_S,
+    stop: threading.Event | None = None,
+) -> Scan:
     """Everything an index needs of one tar, of a remote one by ranged reads of headers alone, if nothing is probed.
 
     Never raises for what is in the file or for a file that cannot be read; but RunError for a store that does not
-    answer for `retry_s` seconds.
+    answer for `retry_s` seconds, and StoppedError on `stop`.
     """
     result = Scan()
     name = locations.name(tar)
     try:
-        with _opened(tar, retry_s, verify=probe is not None) as file:
+        with _opened(tar, retry_s, probe is not None, stop) as file:
             compression = COMPRESSED.get(file.read(2))
             if compression and not _has_tar_magic(file):
                 reason = f"{compression}-compressed: decompress it"
@@ -86,9 +94,11 @@ def scan(tar: Place, *, max_pixels: int, probe: Probe | None = None, retry_s: fl
 
 
 @contextmanager
-def _opened(tar: Place, retry_s: float, verify: bool) -> Iterator[BinaryIO | ranged.RangedFile]:
+def _opened(
+    tar: Place, retry_s: float, verify: bool, stop: threading.Event | None
+) -> Iterator[BinaryIO | ranged.RangedFile]:
     if isinstance(tar, str):
-        yield ranged.RangedFile(tar, retry_s, VERIFIED_WINDOW if verify else ranged.WINDOW)
+        yield ranged.RangedFile(tar, retry_s, VERIFIED_WINDOW if verify else ranged.WINDOW, stop)
     else:
         with open(tar, "rb") as file:
             yield file

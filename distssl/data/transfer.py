@@ -95,6 +95,11 @@ def read(url: str, retry_s: float = RETRY_S) -> bytes:
     return patiently(url, lambda: locations.read(url), retry_s)
 
 
+def opened(url: str, retry_s: float, stop: threading.Event | None = None) -> Object:
+    """Raises as `patiently`."""
+    return patiently(url, lambda: Object(url), retry_s, stop)
+
+
 def write(url: str, file: Path, retry_s: float = RETRY_S) -> None:
     """Puts a file at a URL. Raises RefusedError where that is not allowed."""
     try:
@@ -113,7 +118,7 @@ def download(
     """
     came = 0
     for attempt in range(1, NUM_DOWNLOADS + 1):
-        source = patiently(tar.url, lambda: Object(tar.url), retry_s, stop)
+        source = opened(tar.url, retry_s, stop)
         problem = _changed(tar, source)
         if problem is None:
             came += _fill(source, tar.num_bytes, descriptor, retry_s, stop, on_full)
@@ -194,7 +199,7 @@ def _written(descriptor: int, data: bytes, at: int, on_full: Callable[[], bool])
 
 def fetch(url: str, file: Path, retry_s: float = RETRY_S) -> None:
     """Downloads an object to a file that is whole or not there."""
-    source = patiently(url, lambda: Object(url), retry_s)
+    source = opened(url, retry_s)
     with atomic.replacing(file) as part:
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:

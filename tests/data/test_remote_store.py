@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from distssl import monitor
 from distssl.config import Machine
+from distssl.context import Context
 from distssl.data import remote, shards, store
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
-from tests import planted, reading
+from distssl.train import Training
+from tests import planted, reading, runs
 from tests.data import test_loader
 from tests.object_server import Asked, Fault, ObjectServer
 
@@ -201,6 +206,51 @@ def test_a_server_that_breaks_off_for_a_while_changes_nothing(
     server.latency_s = 0.05
     assert reading.read(dataset, 2, 0, 1, 16)["digest"] == local[16]
     away.join()
+
+
+def test_a_disk_that_is_smaller_than_the_bound_is_lived_with(
+    server: ObjectServer, packed: Path, local: dict, tmp_path: Path
+) -> None:
+    disk = tmp_path / "cache"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=280k", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        assert sum(path.stat().st_size for path in packed.glob("*.tar")) > 280_000
+        dataset = opened(server, tmp_path)
+        assert reading.read(dataset, 2, 0, 1, 4)["digest"] == local[4]
+        for path in (disk / "tars").glob("*.tar"):
+            path.unlink()
+        with open(disk / "other", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(ConfigError, match=r"machine\.cache=.*: the disk is full, .*machine\.cache_gb") as told:
+            reading.read(dataset, 1, 0, 1, 4)
+        assert len(str(told.value).splitlines()) == 1
+    finally:
+        time.sleep(0.2)  # threads that were downloading have looked up
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_run_from_a_store_is_the_run_from_local_tars(tmp_path: Path) -> None:
+    packed = runs.packed(tmp_path)
+    server = ObjectServer(packed)
+    try:
+        logs = []
+        for source in (str(packed), server.url):
+            options = [f"name=from-{source.partition(':')[0].strip('/').replace('/', '-')}", "train.epochs=2"]
+            run = runs.tiny(packed, tmp_path, *options, f"data.source={source}")
+            run.run_dir.mkdir(parents=True)
+            with Context(run.run_dir) as context:
+                Training(run, context, Dataset.open(source, run.machine)).run()
+            logs.append(monitor.read_jsonl(run.run_dir / monitor.METRICS))
+    finally:
+        server.stop()
+    here, there = logs
+    assert [row["loss"] for row in there] == [row["loss"] for row in here]
+    assert all(0 <= row["cache_hit_rate"] <= 1 for row in there if "data_wait" in row)
+    assert not any("cache_hit_rate" in row for row in here)
 
 
 def test_a_bound_below_what_is_needed_at_once_is_the_users_mistake(
