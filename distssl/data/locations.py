@@ -208,8 +208,10 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 def said(error: BaseException) -> str:
     """What happened, in one line, with the status where there is one."""
-    found, line = status(error), _line(_cause(error))
-    return f"{found} {line}" if found is not None else line
+    found, cause = status(error), _cause(error)
+    if found is None:
+        return _line(cause)
+    return " ".join(f"{found} {getattr(cause, 'message', None) or cause}".split())[:200]
 
 
 def advice(error: BaseException) -> str:
