@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from distssl import atomic, config, report, settings
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import command_line
+from distssl.on_ray import target as targets
 from distssl.on_ray.command_line import Address, ClusterFile, Detach, DownWhenDone
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
@@ -46,8 +47,8 @@ def pretrain(
     """Pretrain a backbone on unlabelled images and show what it bought. Run again, it goes on where it was."""
     overrides = [*(overrides or []), *([f"machine.workers={workers}"] if workers is not None else [])]
     overrides += [f"machine.storage={storage}"] if storage else []
-    if cluster or address:
-        command_line.pretrain(config_file, overrides, cluster, address, detach, down_when_done)
+    if target := targets.of(cluster, address, detach, down_when_done):
+        command_line.pretrain(config_file, overrides, target)
     from distssl import method
     from distssl.on_ray import here
 
@@ -70,9 +71,9 @@ def evaluate(
     for name in tasks or ():
         if name not in config.TASKS:
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
-    if cluster or address:
+    if target := targets.of(cluster, address, detach):
         command = ["evaluate", run, "--task", ",".join(tasks) if tasks else "all", *(overrides or [])]
-        command_line.other(f"evaluate-{Path(run).name}", command, {}, cluster, address, detach)
+        command_line.other(f"evaluate-{Path(run).name}", command, {}, target)
     from distssl.on_ray import here
 
     found = run_folder.find(run, overrides or [])
@@ -92,10 +93,10 @@ def sweep(
     detach: Detach = False,
 ) -> None:
     """Search hyperparameters, labels and backbones of a downstream task. Run again after a stop, it goes on."""
-    if cluster or address:
+    if target := targets.of(cluster, address, detach):
         command = ["sweep", "--config", "job.yaml", *(overrides or [])]
         files = {"job.yaml": yaml.safe_dump(settings.read(config_file, overrides or []))}
-        command_line.other(f"sweep-{config_file.stem}", command, files, cluster, address, detach)
+        command_line.other(f"sweep-{config_file.stem}", command, files, target)
     from distssl import sweep as sweeps
     from distssl.on_ray import sweep as on_ray
 
@@ -206,9 +207,9 @@ def verify(
     """Certify that views, losses, gradients and parameters are the same at any number of workers."""
     import tempfile
 
-    if cluster or address:
+    if target := targets.of(cluster, address):
         command = ["verify", "--methods", methods, "--world-sizes", world_sizes]
-        command_line.other("verify", command, {}, cluster, address)
+        command_line.other("verify", command, {}, target)
     from distssl import method
     from distssl import verify as certificate
     from distssl.on_ray import place

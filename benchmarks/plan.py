@@ -36,6 +36,7 @@ from distssl import calibrate, collectives, config, estimate, job, method, train
 from distssl.calibrate import Calibration, Data
 from distssl.config import Run
 from distssl.context import Context
+from distssl.data import order
 from distssl.data.shards import Dataset
 from distssl.estimate import Links, Measured, Timing
 
@@ -133,7 +134,7 @@ def measure_blocks(repeats: int, overrides: Sequence[str]) -> list[Pair]:
 
 def _blocks(run: Run, data: Data, num: int) -> list[Pair]:
     """One rank of two, whose collectives now and then return at once."""
-    half, lanes = run.data.global_batch // 2, calibrate.lanes(run)
+    half, lanes = run.data.global_batch // 2, order.lanes_of(run)
     blocking, links = calibrate._talk(run, data)
     silent = dist.new_group([0, 1], backend="fake")
     pairs = []

@@ -118,10 +118,6 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def lanes(run: Run) -> int:
-    return run.data.lanes or order.default_lanes(run.data.global_batch)
-
-
 def device() -> str:
     """What a calibration made here would be of."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
@@ -202,7 +198,7 @@ def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int, part_
     for images in sizes:
         # What comes before an epoch exchanges things whose meaning counts: there a rank is measured as the only one.
         world_size = 1 if method.find(run.method.name).embeds else run.data.global_batch // images
-        num_lanes = lanes(run) * images * world_size // run.data.global_batch
+        num_lanes = order.lanes_of(run) * images * world_size // run.data.global_batch
         with _one_of(world_size), _training(run, images, data, num_lanes) as training:
             training.model = training.method
             timings.append(_time(training, images, beside, part_s))

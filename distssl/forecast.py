@@ -20,6 +20,7 @@ from rich.table import Table
 from distssl import calibrate, estimate, job, plan, prices
 from distssl.calibrate import Calibration
 from distssl.config import Run
+from distssl.data import order
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 from distssl.estimate import Links, Prediction
@@ -107,7 +108,7 @@ def _batches(run: Run) -> list[tuple[int, int]]:
 
 def _world_sizes(run: Run) -> list[int]:
     """The numbers of workers a run can have."""
-    lanes = calibrate.lanes(run)
+    lanes = order.lanes_of(run)
     return [world_size for world_size in range(1, lanes + 1) if lanes % world_size == 0]
 
 

@@ -125,6 +125,28 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
         pool.close()
 
 
+Said = tuple[int, str, list[str]]  # exit code, stdout, lines of stderr
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """`launch.py ARGUMENTS` in this process."""
+    import launch  # not in every rank's process
+
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> Said:
+        capsys.readouterr()
+        try:
+            code = launch.main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = int(left.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    return run
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):

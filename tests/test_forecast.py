@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -15,27 +16,15 @@ from distssl import calibrate, config, method, prices
 from distssl.calibrate import Calibration
 from distssl.estimate import Collective, Links, Timing
 from tests import runs
+from tests.conftest import Said
 
 launch = importlib.import_module("launch")
 
-Said = tuple[int, str, list[str]]  # exit code, stdout, lines of stderr
-
 
 @pytest.fixture
-def plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+def plan(command: Callable[..., Said]) -> Callable[..., Said]:
     """`launch.py plan ARGUMENTS` in this process."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        try:
-            code = launch.main(["plan", *map(str, arguments)])
-        except SystemExit as left:
-            code = int(left.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err.splitlines()
-
-    return run
+    return functools.partial(command, "plan")
 
 
 @pytest.fixture(scope="module")

@@ -17,29 +17,12 @@ from distssl import checkpoint, config, method, monitor
 from distssl.data.shards import Dataset
 from distssl.downstream.rows import BACKBONES, read_summary
 from tests import disks, runs
+from tests.conftest import Said
 
 ROOT = Path(__file__).parent.parent
 launch = importlib.import_module("launch")
 
-Said = tuple[int, str, list[str]]  # exit code, stdout, lines of stderr
 Command = Callable[..., Said]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`launch.py ARGUMENTS` in this process."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        try:
-            code = launch.main([str(argument) for argument in arguments])
-        except SystemExit as left:
-            code = int(left.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err.splitlines()
-
-    return run
 
 
 def settings(source: object, folder: Path, *overrides: str) -> list[str]:
@@ -287,6 +270,16 @@ def test_evaluate_refuses_what_is_no_run_or_no_task(command: Command, mine: Path
     check_refused(command("evaluate", mine, "eval.neighbors=5"), "did you mean neighbours?")
     shutil.rmtree(checkpoint.folder(mine))
     check_refused(command("evaluate", mine), "no checkpoint yet")
+
+
+@pytest.mark.parametrize("option", ["--detach", "--down-when-done"])
+def test_what_is_of_a_cluster_is_refused_without_one(command: Command, option: str) -> None:
+    check_refused(command("pretrain", option), f"{option}: needs --cluster")
+
+
+def test_a_cluster_has_one_name(command: Command) -> None:
+    check_refused(command("status", "--cluster", "a.yaml", "--address", "http://b"), "one of them is right")
+    check_refused(command("status"), "say which cluster, for example --cluster cluster/aws.yaml")
 
 
 @pytest.mark.parametrize("arguments", [["pretrain", "--wrokers", "2"], ["pack"], ["evaluate", "x", "y=1", "--tsk=knn"]])

@@ -24,6 +24,7 @@ from distssl.errors import ConfigError
 from distssl.remote import Remote
 from tests import runs
 from tests.buckets import Unreliable
+from tests.conftest import Said
 
 ROOT = Path(__file__).parent.parent
 launch = importlib.import_module("launch")
@@ -145,26 +146,6 @@ def test_a_killed_run_goes_on_on_a_fresh_host(packed: Path, local: Path, bucket:
     assert done.returncode == 0, done.stderr
     assert "resuming at step " in done.stderr
     check_same(fetched(bucket, tmp_path / "there"), local)
-
-
-Said = tuple[int, str, list[str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
-    """`launch.py ARGUMENTS` in this process: exit code, stdout, lines of stderr."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        try:
-            code = launch.main([str(argument) for argument in arguments])
-        except SystemExit as left:
-            code = int(left.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err.splitlines()
-
-    return run
 
 
 @pytest.fixture

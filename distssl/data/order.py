@@ -13,6 +13,7 @@ import functools
 
 import numpy as np
 
+from distssl.config import Run
 from distssl.data import draws
 from distssl.errors import ConfigError
 
@@ -28,6 +29,11 @@ def default_lanes(global_batch: int) -> int:
     """The divisor of global_batch, at most 96, with the most divisors of its own: the most world sizes fit it."""
     divisors = [d for d in range(1, min(global_batch, MOST_LANES) + 1) if global_batch % d == 0]
     return max(divisors, key=lambda d: (num_divisors(d), d))
+
+
+def lanes_of(run: Run) -> int:
+    """The lanes that a run's config means."""
+    return run.data.lanes or default_lanes(run.data.global_batch)
 
 
 def nearest(value: int, fits: list[int]) -> str:

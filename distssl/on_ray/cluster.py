@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from distssl import prices
 from distssl.errors import RunError
@@ -28,6 +29,7 @@ REASONS = (
     (r"Failed to setup head node|SSH command failed", "setting up the head failed"),
 )
 
+Hosts = list[dict[str, Any]]
 Resources = Mapping[str, Mapping[str, float]]  # node type -> what a node has
 
 
@@ -76,11 +78,16 @@ def down(file: ClusterFile, tell: Callable[[str], None]) -> None:
             raise RunError(f"{file.path}: still there: {', '.join(one['id'] for one in left)}; look at the AWS console")
 
 
-def price(file: ClusterFile) -> str:
-    """What the hosts that are up cost, for people; "" where that is not known."""
-    if file.provider != "aws":
+def hosts(file: ClusterFile) -> Hosts | None:
+    """Those that are up, as `aws.instances` has them; None where that is not known."""
+    return aws.instances(file) if file.provider == "aws" else None
+
+
+def price(file: ClusterFile, hosts: Hosts | None) -> str:
+    """What hosts cost, for people; "" where that is not known."""
+    if hosts is None:
         return ""
-    kinds = collections.Counter(one["type"] for one in aws.instances(file))
+    kinds = collections.Counter(one["type"] for one in hosts)
     bill = prices.bill(file.config, kinds)
     known = (
         f"{sum(kinds.values())} hosts, about {bill.usd_per_hour:.2f} USD an hour (list prices of {prices.table().date})"

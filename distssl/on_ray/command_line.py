@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 
 from distssl.errors import ConfigError
+from distssl.on_ray import target as targets
 from distssl.on_ray import token
+from distssl.on_ray.target import Target
 
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", help="Run it there: a cluster file, as those in cluster/.")
@@ -56,23 +58,21 @@ def down(cluster: ClusterFile = None) -> None:
     _speak("down", cluster=cluster, address=None)
 
 
-def pretrain(config_file: Path, overrides: list[str], *target: Path | str | bool | None) -> NoReturn:
-    """The main job on a cluster. target: as `remote.Target` has it."""
-    commands = _commands()
-    raise typer.Exit(commands.pretrain(config_file, overrides, commands.Target(*target), console))
+def pretrain(config_file: Path, overrides: list[str], target: Target) -> NoReturn:
+    """The main job on a cluster."""
+    raise typer.Exit(_commands().pretrain(config_file, overrides, target, console))
 
 
-def other(name: str, command: list[str], files: dict[str, str], *target: Path | str | bool | None) -> NoReturn:
+def other(name: str, command: list[str], files: dict[str, str], target: Target) -> NoReturn:
     """Another command of launch.py on a cluster. files: by name, to lie beside launch.py there."""
-    commands = _commands()
-    raise typer.Exit(commands.other(name, command, files, commands.Target(*target), console))
+    raise typer.Exit(_commands().other(name, command, files, target, console))
 
 
 def _speak(command: str, *job: str | None, cluster: Path | None, address: str | None) -> NoReturn:
-    if not cluster and not address:
+    target = targets.of(cluster, address)
+    if target is None:
         raise ConfigError(f"{command}: say which cluster, for example --cluster cluster/aws.yaml")
-    commands = _commands()
-    raise typer.Exit(getattr(commands, command)(*job, commands.Target(cluster, address), console))
+    raise typer.Exit(getattr(_commands(), command)(*job, target, console))
 
 
 def _commands() -> ModuleType:

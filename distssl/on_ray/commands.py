@@ -13,10 +13,9 @@ from rich.table import Table
 
 from distssl import config, method
 from distssl.errors import ConfigError
-from distssl.on_ray import aws, cluster, jobs, remote
-from distssl.on_ray.remote import Cluster, Errand, Target
-
-__all__ = ["Target", "attach", "down", "logs", "other", "pretrain", "status", "stop"]
+from distssl.on_ray import cluster, jobs, remote
+from distssl.on_ray.remote import Cluster, Errand
+from distssl.on_ray.target import Target
 
 JOB_CONFIG = "job.yaml"
 for chatty in ("botocore", "ray"):
@@ -62,7 +61,7 @@ def stop(job: str | None, target: Target, console: Console) -> int:
         if found.status in jobs.ENDED:
             raise ConfigError(f"JOB {found.submission_id}: has ended ({found.status})")
         there.say(f"asking {found.submission_id} to save a checkpoint and stop")
-        saved = remote.stop(there, str(found.submission_id))
+        saved = remote.stop(there, found)
         there.say(
             "stopped; the same command goes on from the last checkpoint" if saved else "ended without a checkpoint"
         )
@@ -83,20 +82,20 @@ def down(target: Target, console: Console) -> int:
 def status(target: Target, console: Console) -> int:
     """Hosts and jobs."""
     with Cluster(target, console) as there:
-        if there.file and there.file.provider == "aws":
-            hosts = aws.instances(there.file)
+        hosts = cluster.hosts(there.file) if there.file else None
+        if there.file and hosts is not None:
             console.print(_hosts(hosts))
-            there.say(cluster.price(there.file))
+            there.say(cluster.price(there.file, hosts))
             if not hosts:
                 return 0
         there.find()
         console.print(_jobs(jobs.ours(there.client)))
         if there.file:
-            there.say_idle()
+            there.say_idle(hosts)
     return 0
 
 
-def _hosts(hosts: list[dict[str, object]]) -> Table:
+def _hosts(hosts: cluster.Hosts) -> Table:
     drawn = Table(title="hosts")
     for name in ("id", "type", "instance", "state", "spot"):
         drawn.add_column(name)

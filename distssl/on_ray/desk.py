@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distssl.errors import ConfigError, RunError
+from distssl.on_ray import place
 
 NAMESPACE = "distssl"
 
@@ -55,10 +55,8 @@ def open_for(run_name: str) -> Any:
 
     Raises ConfigError where another driver trains the run.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"name": name_of(run_name), "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
     try:
-        desk = ray.remote(Desk).options(**options).remote()
+        desk = place.beside_driver(Desk, name=name_of(run_name), namespace=NAMESPACE)
         ray.get(desk.outcomes.remote())
     except ValueError:  # the name is taken
         raise ConfigError(

@@ -74,7 +74,7 @@ def _num_workers(run: Run) -> int:
     """What the config says, else what the place has room for: the most that share the lanes evenly."""
     if run.machine.workers is not None:
         return run.machine.workers
-    lanes = run.data.lanes or order.default_lanes(run.data.global_batch)
+    lanes = order.lanes_of(run)
     most = place.start().most if place.on_cluster() else torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     return max(num for num in range(1, most + 1) if lanes % num == 0)
 

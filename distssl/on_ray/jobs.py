@@ -46,13 +46,19 @@ def shipment(files: Mapping[str, str]) -> Iterator[Path]:
 
 def ours(client: JobSubmissionClient, kind: str = "work") -> list[JobDetails]:
     """Jobs that were submitted by us, newest first. kind: "work", or "service" for what runs beside."""
-    found = [job for job in client.list_jobs() if (job.metadata or {}).get("project") == PROJECT and job.submission_id]
-    found = [job for job in found if (job.metadata or {}).get("kind") == kind]
+    wanted = {"project": PROJECT, "kind": kind}.items()
+    found = [job for job in client.list_jobs() if job.submission_id and wanted <= (job.metadata or {}).items()]
     return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
 
 
-def running(client: JobSubmissionClient, kind: str = "work") -> list[JobDetails]:
-    return [job for job in ours(client, kind) if job.status not in ENDED]
+def running(client: JobSubmissionClient, name: str | None = None, kind: str = "work") -> list[JobDetails]:
+    """Those of a name, by default of any."""
+    return [job for job in ours(client, kind) if job.status not in ENDED and name in (None, name_of(job))]
+
+
+def name_of(job: JobDetails) -> str:
+    """As it was submitted under; its id has a number too."""
+    return (job.metadata or {}).get("name", "")
 
 
 def submit(
@@ -79,7 +85,7 @@ def choose(client: JobSubmissionClient, wanted: str | None) -> JobDetails:
     """The job of that id or run; without one the newest. Raises ConfigError with those there are."""
     found = ours(client)
     for job in found:
-        if wanted in (None, job.submission_id, (job.metadata or {}).get("name")):
+        if wanted in (None, job.submission_id, name_of(job)):
             return job
     there = ", ".join(str(job.submission_id) for job in found) or "none yet"
     raise ConfigError(f"JOB {wanted or ''}: no such job on this cluster; there are: {there}")

@@ -7,9 +7,11 @@ import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distssl.errors import RunError
 
@@ -18,7 +20,7 @@ WORKERS = "DISTSSL_WORKERS"  # beside it: `Workers` of the cluster file, as JSON
 STORAGE = "DISTSSL_STORAGE"  # and where its run folders lie
 HEAD_CONFIG = Path("~/ray_bootstrap_config.yaml")  # where Ray leaves the cluster file on the head
 ENVIRONMENT = {
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's runs in the dashboard's interface
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line comes twice
     "PYTHONWARNINGS": "ignore:`ExecutionOptions.exclude_resources",  # Ray's own use of what it deprecates
 }
@@ -57,6 +59,12 @@ def start(workers: int | None = None, kept_cpus: int = 0) -> Workers:
     cpus = max(os.cpu_count() or 1, workers + kept_cpus)
     ray.init(num_cpus=cpus, logging_level=logging.ERROR)
     return Workers(workers, (cpus - kept_cpus) // workers, int(torch.cuda.is_available()))
+
+
+def beside_driver(kind: type, **options: Any) -> Any:
+    """A new actor of a class, on this host: not on one that may be taken away. options: more of Ray's."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, **options).remote()
 
 
 def _of_live_nodes() -> Workers:

@@ -22,9 +22,8 @@ from distssl import job, monitor
 from distssl.config import Run
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import desk, place
+from distssl.on_ray import desk, network, place
 from distssl.on_ray.gauges import Gauges
-from distssl.on_ray.network import BoundTorchConfig
 from distssl.remote import Remote
 
 log = logging.getLogger(__name__)
@@ -180,10 +179,7 @@ def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain,
                 "home": ray.get_runtime_context().get_node_id(),
                 "folders": None if place.on_cluster() else folders,
             },
-            scaling_config=train.ScalingConfig(
-                num_workers=workers, use_gpu=share["GPU"] > 0, resources_per_worker=share
-            ),
-            torch_config=BoundTorchConfig(backend="nccl" if share["GPU"] else "gloo"),
+            **network.layout(workers, share),
             run_config=train.RunConfig(
                 name=run.run_name,
                 storage_path=str(run.machine.storage),

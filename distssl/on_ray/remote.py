@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 from rich.console import Console
 
 from distssl.config import Run
@@ -18,6 +18,7 @@ from distssl.errors import ConfigError, RunError
 from distssl.on_ray import cluster, jobs, place
 from distssl.on_ray.cluster_file import ClusterFile
 from distssl.on_ray.place import Workers
+from distssl.on_ray.target import Target
 from distssl.on_ray.tunnel import TENSORBOARD, Way
 
 log = logging.getLogger(__name__)
@@ -26,27 +27,6 @@ LET_GO = 130  # the exit code of a command whose job goes on
 STOP_S = 300  # for the checkpoint of a run that is asked to stop
 PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200"}  # hosts have to be found, started and set up first
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")  # no keys: hosts have roles of their own
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a command runs and what happens around it; as the command line says."""
-
-    cluster: Path | None = None
-    address: str | None = None
-    detach: bool = False
-    down_when_done: bool = False
-
-    def __bool__(self) -> bool:
-        return self.cluster is not None or self.address is not None
-
-    def check(self) -> None:
-        if self.cluster and self.address:
-            raise ConfigError("--cluster and --address: one of them is right")
-        if self.down_when_done and not self.cluster:
-            raise ConfigError("--down-when-done: needs --cluster; a cluster that somebody else runs is not ours to end")
-        if not self and self.detach:
-            raise ConfigError("--detach: needs --cluster or --address")
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,6 @@ class Cluster:
     """A cluster that commands speak with, by its file or its address. Use as a context manager."""
 
     def __init__(self, target: Target, console: Console) -> None:
-        target.check()
         self.target, self.console = target, console
         self.file = ClusterFile(target.cluster) if target.cluster else None
         self.way = Way(self.file, target.address)
@@ -131,10 +110,9 @@ class Cluster:
 
     def submit(self, errand: Errand, workers: Workers | None) -> str:
         """Start the errand's job; the one that is doing it already where there is one. Its id."""
-        for job in jobs.running(self.client):
-            if (job.metadata or {}).get("name") == errand.name:
-                self.say(f"job {job.submission_id} is doing that already")
-                return str(job.submission_id)
+        for job in jobs.running(self.client, errand.name):
+            self.say(f"job {job.submission_id} is doing that already")
+            return str(job.submission_id)
         environment = {**place.ENVIRONMENT, **PATIENCE, place.CLUSTER: self.name}
         environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         if self.file:
@@ -153,10 +131,9 @@ class Cluster:
         return job
 
     def _serve_tensorboard(self, storage: str, folder: Path, environment: Mapping[str, str]) -> None:
+        if jobs.running(self.client, "tensorboard", "service"):
+            return
         command = ["tensorboard", "--logdir", storage, "--host", "127.0.0.1", "--port", str(TENSORBOARD)]
-        for job in jobs.running(self.client, "service"):
-            if (job.metadata or {}).get("name") == "tensorboard":
-                return
         jobs.submit(self.client, "tensorboard", command, folder, environment, kind="service")
 
     def follow(self, job: str) -> int:
@@ -188,11 +165,11 @@ class Cluster:
             self.say_idle()
         return code
 
-    def say_idle(self) -> None:
-        """That hosts are up without work, and what that costs."""
+    def say_idle(self, hosts: cluster.Hosts | None = None) -> None:
+        """That hosts are up without work, and what that costs. hosts: those that are known to be up."""
         assert self.file
         if not jobs.running(self.client):
-            costs = cluster.price(self.file)
+            costs = cluster.price(self.file, cluster.hosts(self.file) if hosts is None else hosts)
             said = f"no job is running, and the cluster is up{f': {costs}' if costs else ''}"
             self.console.print(f"{said}. End it: python launch.py down {self.options}", soft_wrap=True, style="yellow")
 
@@ -200,7 +177,7 @@ class Cluster:
 def _check_workers(run: Run, workers: Workers) -> None:
     """The lanes must be shared out evenly. Raises ConfigError."""
     num = run.machine.workers or workers.most
-    lanes = run.data.lanes or order.default_lanes(run.data.global_batch)
+    lanes = order.lanes_of(run)
     if num > workers.most:
         raise ConfigError(f"machine.workers={num}: the cluster file has room for {workers.most}")
     if lanes % num:
@@ -208,9 +185,9 @@ def _check_workers(run: Run, workers: Workers) -> None:
         raise ConfigError(f"machine.workers={num} does not divide data.lanes={lanes}; right here: {fits}")
 
 
-def stop(there: Cluster, job: str) -> bool:
+def stop(there: Cluster, found: JobDetails) -> bool:
     """Ask a job to save and stop, and end it where it does not; whether it ended by itself."""
-    asking = ["python", "-m", "distssl.on_ray.ask_to_stop", job.rpartition("-")[0]]
+    job, asking = str(found.submission_id), ["python", "-m", "distssl.on_ray.ask_to_stop", jobs.name_of(found)]
     with jobs.shipment({}) as folder:
         asked = jobs.submit(there.client, "ask-to-stop", asking, folder, {place.CLUSTER: there.name}, kind="service")
     jobs.wait(there.client, asked, 60)

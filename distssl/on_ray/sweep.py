@@ -23,8 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 from distssl import job, sweep
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import place
-from distssl.on_ray.network import BoundTorchConfig
+from distssl.on_ray import network, place
 from distssl.on_ray.pretrain import last_line
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
@@ -179,10 +178,7 @@ def _trial(
     trainer = TorchTrainer(
         _work,
         train_loop_config={"sweep": swept, "trial": chosen, "folder": folder},
-        scaling_config=train.ScalingConfig(
-            num_workers=swept.workers, use_gpu=share["GPU"] > 0, resources_per_worker=share
-        ),
-        torch_config=BoundTorchConfig(backend="nccl" if share["GPU"] else "gloo"),
+        **network.layout(swept.workers, share),
         run_config=train.RunConfig(
             name=f"trial_{tune.get_context().get_trial_id()}",
             storage_path=str(swept.folder / TRAIN),

@@ -13,13 +13,11 @@ import ray
 from ray import train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distssl import collectives
 from distssl import verify as certificate
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import place
-from distssl.on_ray.network import BoundTorchConfig
+from distssl.on_ray import network, place
 from distssl.on_ray.pretrain import last_line
 from distssl.verify import Case, Record
 
@@ -42,16 +40,12 @@ def elsewhere(cases: Sequence[Case], world_size: int) -> list[Record]:
     room = place.start()
     if world_size > room.most:
         raise ConfigError(f"--world-sizes {world_size}: the cluster has room for {room.most} workers")
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    shelf = ray.remote(Shelf).options(num_cpus=0, scheduling_strategy=here).remote()
+    shelf = place.beside_driver(Shelf)
     name = f"verify-{ray.get_runtime_context().get_job_id()}-{world_size}"
     trainer = TorchTrainer(
         _work,
         train_loop_config={"cases": list(cases), "shelf": shelf, "name": name},
-        scaling_config=train.ScalingConfig(
-            num_workers=world_size, use_gpu=room.gpus > 0, resources_per_worker=room.share
-        ),
-        torch_config=BoundTorchConfig(backend="nccl" if room.gpus else "gloo"),
+        **network.layout(world_size, room.share),
         run_config=train.RunConfig(
             name=name,
             storage_path=os.environ.get(place.STORAGE, tempfile.gettempdir()),

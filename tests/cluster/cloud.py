@@ -22,6 +22,7 @@ import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from tests.cluster import hosts
+from tests.cluster.user import wait
 
 MOTO_PORT = 5555
 ENDPOINT = f"http://{hosts.GATEWAY}:{MOTO_PORT}"
@@ -112,7 +113,7 @@ class Cloud:
 
     def _seed(self) -> None:
         ec2 = self.client("ec2")
-        _until(lambda: bool(ec2.describe_regions()), 60)
+        wait(lambda: _answers(ec2), "an answer of moto", 60)
         self.vpc = ec2.create_vpc(CidrBlock=f"{hosts.PREFIX}.0/16")["Vpc"]["VpcId"]
         made = ec2.create_subnet(VpcId=self.vpc, CidrBlock=f"{hosts.PREFIX}.0/24", AvailabilityZone=ZONE)
         self.subnet = made["Subnet"]["SubnetId"]
@@ -208,13 +209,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         """It says nothing."""
 
 
-def _until(condition: Callable[[], bool], within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while True:
-        try:
-            if condition():
-                return
-        except BotoCoreError:
-            pass
-        assert time.monotonic() < deadline, f"not so within {within_s} s"
-        time.sleep(0.5)
+def _answers(ec2: Any) -> bool:
+    try:
+        return bool(ec2.describe_regions())
+    except BotoCoreError:
+        return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +26,6 @@ def namespaces() -> None:
 @pytest.fixture
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that all hosts see at the same place: not below /tmp, of which each has its own."""
-    import shutil
-    import tempfile
-
     folder = Path(tempfile.mkdtemp(prefix="distssl-test-", dir="/var/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
