@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 UP = "create_or_update_cluster(sys.argv[1], no_restart=False, no_config_cache=True)"
 DOWN = "teardown_cluster(sys.argv[1])"
-HEAD = "print(get_head_node_ip(sys.argv[1]))"
+# Whether there is a head and Ray answers on it: what the launcher remembers may be of before the host was rebooted.
+HEALTH = "run_on_cluster(sys.argv[1], cmd='RAY_AUTH_MODE=token ray health-check')"
 # What Ray says before it gives up, most telling first, and what we make of it.
 REASONS = (
     (r"An error occurred \((\w+)\).*?: (.*)", "AWS answers {0}: {1}"),
@@ -43,10 +44,10 @@ def check(file: ClusterFile) -> Resources:
 
 
 def is_up(file: ClusterFile) -> bool:
-    """Whether there is a head."""
+    """Whether there is a head, and on hosts that are always there, whether Ray is."""
     if file.provider == "aws":
         return any(one["state"] in ("pending", "running") for one in aws.instances(file))
-    return _sdk(file, HEAD, "head", lambda line: None).returncode == 0
+    return _sdk(file, HEALTH, "health", lambda line: None).returncode == 0
 
 
 def up(file: ClusterFile, tell: Callable[[str], None]) -> None:
