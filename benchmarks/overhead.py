@@ -67,7 +67,7 @@ class StampingContext(Context):
         self.stamps: list[float] = []
         self.data_waits: list[float] = []  # seconds a step
 
-    def record(self, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         batch = LOOP["data.global_batch"]
         self.stamps.append(time.perf_counter())
         self.data_waits.append(metrics["data_wait"] * batch / metrics["images_per_s"])
