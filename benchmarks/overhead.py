@@ -4,7 +4,9 @@ Command: python benchmarks/overhead.py            (--part loop|ray, --repeats N;
 
 loop: the product's Training on packed images so small that data is not the limit, against forward, backward and
 optimiser step of the same method on tensors in memory, one block of steps each in turn. A core is left to the loader.
-ray: the demo's config with two workers under Ray and under torchrun in turn; steps are timed where both are under way.
+ray: the demo's config under Ray and under torchrun in turn, a thread a worker; steps are timed where all are under way.
+With as many workers as cores (the default) whatever Ray's own processes take comes off the steps; --workers 1 leaves a
+core to them.
 """
 
 from __future__ import annotations
@@ -53,9 +55,10 @@ LOOP = {
     "train.log_every": LOG_EVERY,
     "machine.workers": 0,
 }
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "launch.py"]
-RAY = ["launch.py", "pretrain", "--workers=2"]
-NUM_WORKERS = 2
+COMMANDS = {
+    "ray": ("launch.py", "pretrain", "--workers={workers}"),
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node={workers}", "launch.py"),
+}
 
 
 class StampingContext(Context):
@@ -158,10 +161,10 @@ class Timing:
     data_wait: float  # share of the step
 
 
-def measure_ray(scratch: Path, repeats: int, epochs: int) -> dict[str, list[Timing]]:
+def measure_ray(scratch: Path, repeats: int, epochs: int, workers: int) -> dict[str, list[Timing]]:
     """The demo under Ray and under torchrun, in turn and in alternating order."""
     timings: dict[str, list[Timing]] = {"ray": [], "torchrun": []}
-    commands = {"ray": RAY, "torchrun": TORCHRUN}
+    commands = {name: [word.format(workers=workers) for word in words] for name, words in COMMANDS.items()}
     for repeat in range(repeats):
         for launcher in ("ray", "torchrun") if repeat % 2 == 0 else ("torchrun", "ray"):
             run_dir = scratch / "ray" / f"{launcher}{repeat}"
@@ -182,12 +185,10 @@ def _launch(command: Sequence[str], run_dir: Path, scratch: Path, epochs: int) -
         "eval.every=null",
         "eval.tasks=[]",
     ]
-    # Ray gives each worker its share of the cores as threads, torchrun one thread: the same for both.
-    threads = str(max(1, (os.cpu_count() or 1) // NUM_WORKERS))
     done = subprocess.run(
         [sys.executable, *command, *overrides],
         cwd=provenance.ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": threads},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -235,8 +236,8 @@ def loop_table(blocks: Sequence[Block]) -> list[str]:
     return lines
 
 
-def ray_table(timings: dict[str, list[Timing]]) -> list[str]:
-    lines = ["| two workers, the demo's config | n | mean ± 95 % | min | max |", "|---|---|---|---|---|"]
+def ray_table(timings: dict[str, list[Timing]], workers: int) -> list[str]:
+    lines = [f"| the demo's config, workers: {workers} | n | mean ± 95 % | min | max |", "|---|---|---|---|---|"]
     for launcher, runs in timings.items():
         lines.append(_row(f"{launcher}, s a step as reported", [run.step_s for run in runs], "{:.4f}"))
         lines.append(_row(f"{launcher}, s a step, logging included", [run.stamped_s for run in runs], "{:.4f}"))
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="of a block of the loop; a multiple of 10")
     parser.add_argument("--epochs", type=int, default=6, help="of a run under Ray or torchrun")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="under Ray or torchrun")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="torch's, in the loop")
     parser.add_argument("--demo-run", type=Path, help="also the wait for data of this finished run")
     args = parser.parse_args()
@@ -270,7 +272,7 @@ def main() -> None:
         if args.part in ("loop", "all"):
             lines += [*loop_table(measure_loop(scratch, args.repeats, args.steps, args.threads)), ""]
         if args.part in ("ray", "all"):
-            lines += [*ray_table(measure_ray(scratch, args.repeats, args.epochs)), ""]
+            lines += [*ray_table(measure_ray(scratch, args.repeats, args.epochs, args.workers), args.workers), ""]
     if args.demo_run:
         lines.append(f"{args.demo_run.name}: {json.dumps(read_timing(args.demo_run).__dict__)}")
     print("\n".join(lines))
