@@ -8,7 +8,7 @@
 #SBATCH --partition=FILL_IN_PARTITION
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=48
-#SBATCH --signal=B:INT@300      # five minutes before the limit: save a checkpoint and stop
+#SBATCH --signal=TERM@300       # five minutes before the limit: save a checkpoint and stop
 #SBATCH --requeue
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"

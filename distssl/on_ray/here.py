@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -49,7 +49,10 @@ def pretrain(run: Run, console: Console, errors: Console) -> int:
 
 def _under_torchrun(run: Run, console: Console) -> int:
     """This process is one of torchrun's: rank 0 prepares, all of them train."""
-    with one_of_the_ranks(run.run_dir, lambda: job.prepare(run, collectives.world_size())) as ours:
+    with (
+        one_of_the_ranks(run.run_dir, lambda: job.prepare(run, collectives.world_size())) as ours,
+        _torchrun_asks(ours, console),
+    ):
         finished = job.pretrain(run, ours, job.folders(run))
         if ours.rank == 0 and finished:
             report.show(run.run_dir, console, run.run_url)
@@ -89,10 +92,29 @@ def _ctrl_c_asks(run_dir: Path, errors: Console) -> Iterator[None]:
         context.stop_file(run_dir).touch()
         errors.print("saving a checkpoint, then stopping; Ctrl-C again stops at once")
 
-    before = signal.signal(signal.SIGINT, ask)
+    with _handled(ask, signal.SIGINT), suppress(KeyboardInterrupt):  # the caller says what to do next
+        yield
+
+
+def _torchrun_asks(ours: Context, console: Console) -> AbstractContextManager[None]:
+    """Ctrl-C, and what torchrun sends to its ranks when it is to end, ask the run to save and stop.
+
+    Every rank is asked, perhaps twice; torchrun kills those that have not ended after 30 seconds.
+    """
+
+    def ask(signum: int, frame: object) -> None:
+        if ours.rank == 0 and not ours.stop_requested():
+            context.stop_file(ours.run_dir).touch()
+            console.print("saving a checkpoint, then stopping")
+
+    return _handled(ask, signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, object], None], *signals: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
-    except KeyboardInterrupt:
-        pass  # the caller says what to do next
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

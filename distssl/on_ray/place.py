@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +60,22 @@ def start(workers: int | None = None, kept_cpus: int = 0) -> Workers:
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts the machine the driver runs on
     workers = workers or 1
     cpus = max(os.cpu_count() or 1, workers + kept_cpus)
-    ray.init(num_cpus=cpus, logging_level=logging.ERROR)
+    with _address_known():
+        ray.init(address="local", num_cpus=cpus, logging_level=logging.ERROR)
     return Workers(workers, (cpus - kept_cpus) // workers, int(torch.cuda.is_available()))
+
+
+@contextmanager
+def _address_known() -> Iterator[None]:
+    """Ray, started within, tells its processes where it is; Train's would look for it among all that run here."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    try:
+        yield
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"], os.environ["RAY_ADDRESS"]
 
 
 def beside_driver(kind: type, **options: Any) -> Any:

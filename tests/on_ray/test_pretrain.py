@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 240  # for anything a busy machine may take its time with
 NUM_IMAGES, GLOBAL_BATCH, EPOCHS = 245, 16, 2  # 15 steps an epoch and a remainder of 5 images
 STEPS_PER_EPOCH = NUM_IMAGES // GLOBAL_BATCH
+RAY = ("launch.py", "pretrain", "--workers=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "launch.py", "pretrain")
 SETTINGS = [
     "train.precision=float64",  # so that the order of a sum over ranks is all but invisible
     f"train.epochs={EPOCHS}",
@@ -56,16 +58,16 @@ def undisturbed(ranks: Callable[[int], Ranks], packed: Path, tmp_path_factory: p
 
 
 class Driver:
-    """`launch.py pretrain` with two Ray workers, in a process group of its own as a shell would start it."""
+    """`launch.py pretrain` with two workers, in a process group of its own as a shell would start it."""
 
-    def __init__(self, source: Path, storage: Path, *overrides: str) -> None:
+    def __init__(self, source: Path, storage: Path, *overrides: str, launcher: Sequence[str] = RAY) -> None:
         self.run_dir = storage / "disturbed"
         self.log = storage / "driver.log"
         run = runs.tiny(source, storage, "name=disturbed", *SETTINGS)
         (storage / "run.yaml").write_text(config.dump(run))
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "launch.py", "pretrain", "--config", storage / "run.yaml", "--workers=2", *overrides],
+                [sys.executable, *launcher, "--config", storage / "run.yaml", *overrides],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -124,13 +126,20 @@ class Driver:
 def start(packed: Path, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
-    def started(*overrides: str) -> Driver:
-        drivers.append(Driver(packed, tmp_path, *overrides))
+    def started(*overrides: str, launcher: Sequence[str] = RAY) -> Driver:
+        drivers.append(Driver(packed, tmp_path, *overrides, launcher=launcher))
         return drivers[-1]
 
     yield started
     for driver in drivers:
         driver.close()
+
+
+def check_saved_where_it_stopped(run_dir: Path) -> None:
+    """In the first epoch."""
+    saved = max(int(path.name.removeprefix("step_")) for path in checkpoint.folder(run_dir).glob("step_*"))
+    assert 2 <= saved < STEPS_PER_EPOCH
+    assert monitor.read_jsonl(run_dir / monitor.METRICS)[-1]["step"] == saved
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -182,9 +191,7 @@ def test_a_run_stopped_by_ctrl_c_and_then_killed_goes_on_each_time_with_the_same
     said = driver.log.read_text()
     assert "stopped; the same command goes on from the last checkpoint" in said
     assert not tracebacks(said)
-    stopped_at = max(int(path.name.removeprefix("step_")) for path in checkpoint.folder(driver.run_dir).glob("step_*"))
-    assert 2 <= stopped_at < STEPS_PER_EPOCH
-    assert [row["step"] for row in monitor.read_jsonl(driver.run_dir / monitor.METRICS)][-1] == stopped_at
+    check_saved_where_it_stopped(driver.run_dir)
 
     driver = start()
     driver.wait_for_step(STEPS_PER_EPOCH + 3)
@@ -198,6 +205,22 @@ def test_a_run_stopped_by_ctrl_c_and_then_killed_goes_on_each_time_with_the_same
     check_nothing_shows(driver.run_dir, undisturbed, packed)
     resumed = [line for line in driver.log.read_text().splitlines() if "resuming at step" in line]
     assert len(resumed) >= 2
+
+
+def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on_under_ray(
+    start: Callable[..., Driver], undisturbed: Path, packed: Path
+) -> None:
+    driver = start("checkpoint.every=1000", launcher=TORCHRUN)
+    driver.wait_for_step(2)
+    os.killpg(driver.process.pid, signal.SIGINT)
+    assert driver.exit_code() != 0
+    assert driver.log.read_text().count("saving a checkpoint, then stopping") == 1
+    check_saved_where_it_stopped(driver.run_dir)
+
+    driver = start()
+    assert driver.exit_code() == 0, driver.log.read_text()
+    assert "resuming at step" in driver.log.read_text()
+    check_nothing_shows(driver.run_dir, undisturbed, packed)
 
 
 def test_a_mistake_that_a_restart_cannot_mend_ends_the_run_with_one_line(start: Callable[..., Driver]) -> None:
