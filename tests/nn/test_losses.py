@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distssl import collectives
 from distssl.nn import losses
+from tests import peers
 from tests.views import error, problem
 
 IMAGES, INPUTS, OUTPUTS = 32, 12, 16
@@ -93,6 +94,14 @@ def test_nt_xent_keeps_its_gradient_at_temperature_0_02_with_saturated_positives
         assert exact.grad is not None
         assert 0 < exact.grad.norm() < 1e-3
         assert error(z.grad, exact.grad) < 5e-5
+
+
+def test_lightlys_gradient_is_not_as_exact_there():
+    """The positive's part of it is its share less 1, which is rounded away."""
+    exact, rounded = ([z.to(dtype).requires_grad_() for z in saturated()] for dtype in (torch.float64, torch.float32))
+    reference(*exact, 0.02).backward()
+    peers.lightly("loss").NTXentLoss(0.02)(*rounded).backward()
+    assert all(error(z.grad, of.grad) > 5e-4 for z, of in zip(rounded, exact, strict=True))
 
 
 def test_nt_xent_computes_in_float32_under_autocast_and_of_bf16_embeddings():
