@@ -10,7 +10,7 @@ from distssl import collectives
 
 
 class Queue(nn.Module):
-    """Up to `size` rows [dim] of past global batches.
+    """Up to `size` rows [dim] of past global batches; none of a size of 0.
 
     `put` keeps this rank's rows until `turn`, once an optimiser step, writes those of all ranks in the order of the
     global batch: so a queue does not depend on the number of ranks, and accumulated batches go in together. What is
@@ -39,7 +39,8 @@ class Queue(nn.Module):
     @torch.no_grad()
     def put(self, x: Tensor) -> None:
         """Rows of this rank, [N, dim], N the same on every rank."""
-        self._waiting.append(collectives.gather_no_grad(x.to(self.rows.dtype)))  # [B, dim]
+        if len(self.rows):
+            self._waiting.append(collectives.gather_no_grad(x.to(self.rows.dtype)))  # [B, dim]
 
     @torch.no_grad()
     def turn(self) -> None:

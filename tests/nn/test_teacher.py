@@ -44,11 +44,11 @@ def rows_after_three_steps(size: int) -> Tensor:
     return queue.rows.flatten()
 
 
-@pytest.mark.parametrize("size", [6, 10, 30])
+@pytest.mark.parametrize("size", [0, 6, 10, 30])
 def test_a_queue_holds_the_latest_rows_in_one_order_at_any_world_size(ranks, size: int) -> None:
     alone = rows_after_three_steps(size)
     everything = [10.0 * batch + i for batch in range(6) for i in range(4)]
-    assert sorted(alone.tolist()) == sorted(([0.0] * 30 + everything)[-size:])
+    assert sorted(alone.tolist()) == sorted(([0.0] * 30 + everything)[30 + 24 - size :])
     for of_rank in ranks(2).run(rows_after_three_steps, size):
         assert torch.equal(of_rank, alone)
 
