@@ -50,10 +50,14 @@ def mixed(num: int) -> list[tuple[str, bytes]]:
     return members
 
 
+def real(name: str) -> Path:
+    """A file of real images, in DISTSSL_DATA or ../shared/data, where it is there."""
+    return Path(os.environ.get("DISTSSL_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
+
+
 def real_photos(num: int) -> list[Image.Image]:
-    """The first photos of clothing_cc0_s224.zip in DISTSSL_DATA or ../shared/data; [] where it is not there."""
-    folder = Path(os.environ.get("DISTSSL_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    path = folder / "clothing_cc0_s224.zip"
+    """The first photos of clothing_cc0_s224.zip; [] where it is not there."""
+    path = real("clothing_cc0_s224.zip")
     if not path.exists():
         return []
     with zipfile.ZipFile(path) as file:

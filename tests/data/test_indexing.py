@@ -196,10 +196,9 @@ def test_out_must_be_given_where_the_tars_own_folder_will_not_do(folder, tmp_pat
 
 
 def test_real_photos_give_the_sizes_that_pil_sees(tmp_path):
-    data = Path(os.environ.get("DISTSSL_DATA", Path(__file__).parents[3] / "shared/data"))
-    photos = data / "clothing_cc0_originals_400.zip"
+    photos = planted.real("clothing_cc0_originals_400.zip")
     if not photos.exists():
-        pytest.skip(f"real photos are not in {data} (set DISTSSL_DATA)")
+        pytest.skip(f"{photos} is not there (set DISTSSL_DATA)")
     with zipfile.ZipFile(photos) as archive:
         names = [name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg", ".png"))][:60]
         members = [(f"{i}.jpg", archive.read(name)) for i, name in enumerate(names)]

@@ -1,8 +1,12 @@
-"""SegSort: the loss place by place from its equation, classes from masks, superpixels along edges, one memory."""
+"""SegSort: the loss place by place from its equation, classes from masks, superpixels along edges, one memory; and on
+real images with real masks.
+"""
 
 from __future__ import annotations
 
 import io
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +16,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from distssl import method, train
+from distssl import method, monitor, train
 from distssl.context import Context
-from distssl.data import shards
+from distssl.data import augment, shards
 from distssl.data.shards import Dataset
 from distssl.methods import segsort
-from tests import runs
+from tests import planted, runs
+from tests.conftest import Said
 
 
 def reference(v: Tensor, own: Tensor, mu: Tensor, kinds: Tensor, kappa: float) -> Tensor:
@@ -154,3 +159,101 @@ def test_the_memory_holds_the_latest_prototypes_with_their_classes(packed: Path,
     kinds = rows[:, -1]
     assert {0, 1} <= set(kinds.unique().tolist()) <= {segsort.NONE, 0, 1}
     torch.testing.assert_close(rows[kinds >= 0, :-1].norm(dim=1), torch.ones(int((kinds >= 0).sum())).double())
+
+
+@pytest.fixture(scope="module")
+def nuclei(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Microscopy images and their masks, 1 for a nucleus and 0 for none."""
+    archive, folder = planted.real("nuclei_cc0_s192.zip"), tmp_path_factory.mktemp("nuclei")
+    if not archive.exists():
+        pytest.skip(f"{archive} is not there (set DISTSSL_DATA)")
+    with zipfile.ZipFile(archive) as file:
+        for name in sorted(name for name in file.namelist() if name.startswith("train/"))[:96]:  # two of an image
+            (folder / Path(name).name.replace(".png", ".mask.png")).write_bytes(file.read(name))
+    return folder
+
+
+@pytest.fixture(params=["folder", "tar"])
+def indexed(request: pytest.FixtureRequest, nuclei: Path, tmp_path: Path, command: Callable[..., Said]) -> Path:
+    """The nuclei as a user packs their folder, or as they lie in a tar of somebody's."""
+    if request.param == "folder":
+        assert command("pack", nuclei, tmp_path / "packed")[0] == 0
+        return tmp_path / "packed"
+    assert command("index", in_tar(nuclei, tmp_path / "tars"))[0] == 0
+    return tmp_path / "tars"
+
+
+def in_tar(images: Path, folder: Path) -> Path:
+    planted.write_tar(folder / "a.tar", [(path.name, path.read_bytes()) for path in sorted(images.iterdir())])
+    return folder
+
+
+CONFIG = Path(__file__).parents[2] / "configs/pretrain/segsort_resnet50_voc.yaml"
+LARGE = [*SUPERVISED, "method.augment={resize_px: 160, size_px: 128}"]
+
+
+def contrast(image: Tensor, mask: Tensor) -> float:
+    """How unlike the nuclei are to what is around them, summed over images [N, 3, H, W]; of masks [N, H, W]."""
+    found = 0.0
+    for grey, inside in zip(image.mean(1), mask == 1, strict=True):
+        if inside.any() and not inside.all():
+            found += float(abs(grey[inside].mean() - grey[~inside].mean()) / grey.std())
+    return found
+
+
+def test_masks_of_real_images_lie_where_their_nuclei_are(indexed: Path, tmp_path: Path) -> None:
+    assert Dataset.open(indexed).num_annotated["mask"] == 48
+    _, views = views_of(indexed, tmp_path, *LARGE)
+    image, mask = views["image"], views["mask"][:, 0]
+    middle = (slice(None), slice(8, -8), slice(8, -8))
+    there = contrast(image[:, :, 8:-8, 8:-8], mask[middle])
+    moved = [mask.roll((dy, dx), (1, 2)) for dy, dx in ((-2, 0), (2, 0), (0, -2), (0, 2))]
+    for elsewhere in (*moved, mask.flip(1), mask.flip(2), mask.mT, mask.roll(1, 0)):
+        assert contrast(image[:, :, 8:-8, 8:-8], elsewhere[middle]) < 0.98 * there
+
+
+def test_a_mask_that_is_its_own_image_stays_it(nuclei: Path, tmp_path: Path) -> None:
+    """In views whose masks are, bit by bit, those of the real images: draws are of a sample's id, not of its pixels."""
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    for path in nuclei.glob("*.mask.png"):
+        (drawn / path.name).write_bytes(path.read_bytes())
+        classes = np.asarray(Image.open(path))
+        (drawn / path.name.replace(".mask", "")).write_bytes(planted.encode(255 * classes, mode="RGB"))
+    folders = [in_tar(images, tmp_path / f"{images.name}_tars") for images in (nuclei, drawn)]
+    real, views = (views_of(Path(shards.index(str(folder))), tmp_path, *LARGE)[1] for folder in folders)
+    assert torch.equal(views["id"], real["id"])
+    assert torch.equal(views["mask"], real["mask"])
+    shown = views["image"][:, 0] * augment.STD[0] + augment.MEAN[0]  # 0 to 1
+    same = (shown > 0.5) == (views["mask"][:, 0] == 1)
+    assert same.double().mean() > 0.99
+    inner = F.max_pool2d((shown - 0.5).abs().lt(0.4).double(), 3, 1, 1) == 0  # not at an edge, which is interpolated
+    assert same[inner].all()
+
+
+def test_the_loss_of_real_images_with_masks_is_the_papers(indexed: Path, tmp_path: Path) -> None:
+    built, views = views_of(indexed, tmp_path, *SUPERVISED)
+    views = {name: view[:4] for name, view in views.items()}
+    v = built.double().train().embed(views["image"])
+    segment, kind = built._segments(views["image"], v.detach(), views)
+    own = torch.where(segment >= 0, segment + kind.shape[1] * torch.arange(4)[:, None], -1).flatten()
+    v = v.flatten(0, 1)
+    mu = torch.stack([v[own == s].sum(0) for s in range(kind.numel())])
+    expected = reference(v, own, F.normalize(mu, dim=1), kind.flatten(), 10.0) / (own >= 0).sum()
+    assert {0, 1} <= set(kind.unique().tolist()) <= {segsort.NONE, 0, 1}
+    torch.testing.assert_close(built(views)["loss"], expected)
+
+
+@pytest.mark.parametrize("segments", ["supervised", "unsupervised"])
+def test_the_command_trains_on_real_images(
+    indexed: Path, tmp_path: Path, command: Callable[..., Said], segments: str
+) -> None:
+    places = [f"data.source={indexed}", f"machine.storage={tmp_path}", f"machine.cache={tmp_path / 'cache'}"]
+    chosen = [f"method.segments={segments}", "method.memory=0", "method.augment={resize_px: 96, size_px: 64}"]
+    more = ["name=nuclei", "train.epochs=6", "train.optimizer=adamw", "train.lr=0.005", *chosen, *places]
+    code, _, err = command("pretrain", "--config", CONFIG, *runs.settings(["method.name=segsort"]), *more)
+    assert code == 0, err
+    rows = monitor.read_jsonl(tmp_path / "nuclei" / monitor.METRICS)
+    first, last = (np.mean([row["loss"] for row in part]) for part in (rows[:3], rows[-3:]))  # an epoch each
+    assert last < 0.85 * first, (first, last)
+    assert all(row["segments"] > 1 for row in rows)
