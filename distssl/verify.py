@@ -39,10 +39,11 @@ NUM_IMAGES, GLOBAL_BATCH = 96, 16  # an epoch of six steps, three where two batc
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to certify."""
+    """One thing to certify. settings: further key=value of the run."""
 
     method: str
     accumulate: int = 1
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def _run(case: Case, packed: Path, storage: Path) -> Run:
         },
         "machine": {"storage": str(storage), "cache": str(storage / "cache"), "workers": 0},
     }
-    return config.load(None, [f"{key}={json.dumps(value)}" for key, value in tree.items()], method.options)
+    overrides = [f"{key}={json.dumps(value)}" for key, value in tree.items()]
+    return config.load(None, [*overrides, *case.settings], method.options)
 
 
 def images(folder: Path) -> Path:

@@ -19,6 +19,8 @@ from distssl.verify import Case, Record
 launch = importlib.import_module("launch")
 CASES = [Case(name, accumulate) for name in method.names() for accumulate in (1, 2)]
 
+PLAIN = ("model.stem=7x7_s2_pool", "model.options={}", "model.sobel=true")  # a network without a stem to choose
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,6 +45,17 @@ def test_every_method_takes_one_process_steps_at_any_world_size(
     reference = verify.record(case, packed, tmp_path / "alone")
     for found in ranks(world_size).run(verify_record, case, packed, tmp_path / "ranks"):
         check(case, world_size, reference, found)
+
+
+@pytest.mark.parametrize(("backbone", "size_px"), [("alexnet", 64), pytest.param("vgg16", 32, marks=pytest.mark.slow)])
+def test_deepcluster_takes_them_with_the_networks_of_its_paper_behind_a_sobel_filter(
+    ranks: Any, packed: Path, tmp_path: Path, backbone: str, size_px: int
+) -> None:
+    settings = (*PLAIN, f"model.backbone={backbone}", f"method.augment.size_px={size_px}")
+    case = Case("deepcluster", settings=settings)
+    reference = verify.record(case, packed, tmp_path / "alone")
+    for found in ranks(2).run(verify_record, case, packed, tmp_path / "ranks", timeout_s=300):
+        check(case, 2, reference, found)
 
 
 def verify_record(case: Case, packed: Path, storage: Path, fault: str = "") -> Record:

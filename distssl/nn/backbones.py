@@ -30,7 +30,7 @@ _RESNETS: dict[str, tuple[str, tuple[int, ...], int]] = {
     "resnet101": ("Bottleneck", (3, 4, 23, 3), 64),
     "wide_resnet50_2": ("Bottleneck", (3, 4, 6, 3), 128),
 }
-_PLAIN = ("alexnet", "vgg16", "vgg16_bn")
+_PLAIN = {"alexnet": 63, "vgg16": 32, "vgg16_bn": 32}  # the smallest side of an image that leaves a place, px
 
 
 class Backbone(nn.Module, ABC):
@@ -173,9 +173,9 @@ class ResNet(nn.Module):
 class Convolutional(Backbone):
     """A `net` of [N, C, H, W] -> [N, D, h, w]; the features are its global average. `front`: what images pass first."""
 
-    def __init__(self, net: nn.Module, num_features: int, front: nn.Module) -> None:
+    def __init__(self, net: nn.Module, num_features: int, front: nn.Module, least_px: int = 1) -> None:
         super().__init__(net, num_features)
-        self.front = front
+        self.front, self.least_px = front, least_px
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         return self.net.maps(self.front(x)) if isinstance(self.net, ResNet) else super().pyramid(x)
@@ -189,6 +189,8 @@ class Convolutional(Backbone):
         }
 
     def _feature_map(self, x: Tensor) -> Tensor:
+        if (size_px := min(x.shape[2:])) < self.least_px:
+            raise ConfigError(f"the backbone takes images of {self.least_px} px or more, not of {size_px}")
         return self.net(self.front(x))
 
     def _features(self, x: Tensor) -> Tensor:
@@ -266,7 +268,7 @@ def _build_plain(name: str, sobel: bool) -> Backbone:
         net = alexnet(weights=None).features
         if sobel:
             net[0] = nn.Conv2d(2, 64, kernel_size=11, stride=4, padding=2)
-        return Convolutional(nn.Sequential(OrderedDict(features=net)), 256, _front(sobel))
+        return Convolutional(nn.Sequential(OrderedDict(features=net)), 256, _front(sobel), _PLAIN[name])
     # torchvision's constructor would fill the classifier's 120 million weights first: seconds, to throw them away.
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=name == "vgg16_bn")
     if sobel:
@@ -275,7 +277,7 @@ def _build_plain(name: str, sobel: bool) -> Backbone:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
-    return Convolutional(nn.Sequential(OrderedDict(features=features)), 512, _front(sobel))
+    return Convolutional(nn.Sequential(OrderedDict(features=features)), 512, _front(sobel), _PLAIN[name])
 
 
 def _require_timm(name: str) -> None:

@@ -85,6 +85,15 @@ def test_features_and_feature_map_have_their_shapes(name, options, size, feature
         assert net.feature_map(images(size)).shape == (2, channels, places, places)
 
 
+@pytest.mark.parametrize(("name", "least"), [("alexnet", 63), ("vgg16", 32), ("vgg16_bn", 32)])
+def test_images_too_small_for_a_plain_net_are_the_users_mistake_and_one_px_more_is_not(name, least):
+    net = backbones.build(name).eval()
+    with torch.no_grad():
+        assert net.feature_map(images(least)).shape[2:] == (1, 1)
+        with pytest.raises(ConfigError, match=f"takes images of {least} px or more, not of {least - 1}"):
+            net(images(least - 1))
+
+
 def test_a_transformers_feature_map_has_its_patches_in_their_places():
     net = backbones.build("vit_tiny_patch16_224", img_size=(64, 96), global_pool="avg", fc_norm=False).eval()
     x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
