@@ -5,6 +5,7 @@ A rank is forked after torch is imported, once for all, and then put into its ho
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -83,4 +84,6 @@ def main(hosts: Sequence[str], world_sizes: Sequence[int], plan: Sequence[tuple[
 
 
 if __name__ == "__main__":
-    main(*json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("given", type=json.loads, help="[hosts, world_sizes, plan], as JSON")
+    main(*parser.parse_args().given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import recipes
 import torch
@@ -22,7 +22,9 @@ from distssl import config, job, method, monitor, progress
 from distssl.config import Run
 from distssl.context import Context
 from distssl.nn import backbones, optim
+from distssl.nn.backbones import Backbone
 
+M = TypeVar("M", bound=nn.Module)
 BACKBONE, STEM = "resnet10", "3x3_s2"
 WARMUP_SHARE = 0.1
 
@@ -44,13 +46,13 @@ class Settings:
 class Trained:
     """wall_s and cpu_s: of the training alone, child processes too; None where it was interrupted."""
 
-    backbone: nn.Module
+    backbone: Backbone
     steps: int = 0
     wall_s: float | None = None
     cpu_s: float | None = None
 
     @classmethod
-    def timed(cls, backbone: nn.Module, steps: int, clock: Clock, note: Path, interrupted: bool) -> Trained:
+    def timed(cls, backbone: Backbone, steps: int, clock: Clock, note: Path, interrupted: bool) -> Trained:
         """`note` keeps the times for a process that dies in its probes and is started again."""
         if not interrupted:
             note.write_text(json.dumps([clock.wall_s, clock.cpu_s]))
@@ -109,11 +111,11 @@ def untrained(settings: Settings, photos: Photos, out: Path, seed: int) -> Train
     return Trained(placed(backbone(settings)))
 
 
-def backbone(settings: Settings) -> backbones.Backbone:
+def backbone(settings: Settings) -> Backbone:
     return backbones.build(BACKBONE, STEM, width=settings.width)
 
 
-def placed(module: nn.Module) -> nn.Module:
+def placed(module: M) -> M:
     return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

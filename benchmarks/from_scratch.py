@@ -37,8 +37,9 @@ def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: 
     batch = min(BATCH, len(ids))
     steps = STEPS[labels]
     torch.manual_seed(seed)
-    net = nn.Sequential(trunk := backbone(settings), nn.Linear(trunk.num_features, len(dataset.classes)))
-    placed(net)
+    trunk = backbone(settings)
+    head = nn.Linear(trunk.num_features, len(dataset.classes))
+    net = placed(nn.Sequential(trunk, head))
     optimizer = optim.build(net, name="adamw", lr=LR, weight_decay=WEIGHT_DECAY)
     source = loader.Loader(
         dataset,
@@ -59,8 +60,10 @@ def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: 
         loss.backward()
         optimizer.step()
         say.line(step + 1, loss)
-    test = extract(net, photos.splits[data].test, Context(out), settings.threads, dtype)  # x: logits [N, K]
-    return float((test.x.argmax(1) == test.labels).mean())
+    test = extract(trunk, photos.splits[data].test, Context(out), settings.threads, dtype)
+    with torch.no_grad():
+        logits = head(torch.from_numpy(test.all()))  # [N, K]
+    return float((logits.argmax(1).numpy() == test.labels).mean())
 
 
 def _requests(ids: np.ndarray, batch: int, steps: int, seed: int) -> Iterator[loader.Request]:

@@ -186,7 +186,9 @@ def sklearn_fit(x: Tensor, c: Tensor) -> Tensor:
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
-        clusters = KMeans(len(c), init=c.numpy(), n_init=1, max_iter=ITERATIONS, tol=0).fit(x.numpy())
+        # Types that pyright takes from the defaults.
+        clusters = KMeans(len(c), init=c.numpy(), n_init=1, max_iter=ITERATIONS, tol=0)  # pyright: ignore[reportArgumentType]
+        clusters.fit(x.numpy())
     return torch.from_numpy(clusters.cluster_centers_)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -73,4 +74,7 @@ def _status_mb(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(from_disk(Path(sys.argv[1]), int(sys.argv[2]))))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="a .npy file of rows")
+    parser.add_argument("k", type=int, help="clusters")
+    print(json.dumps(from_disk(**vars(parser.parse_args()))))

@@ -24,6 +24,7 @@ from torch import nn
 from distssl import atomic, plan
 from distssl.data.shards import Dataset
 from distssl.nn import optim, precision
+from distssl.nn.backbones import Backbone
 
 
 def train(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
@@ -37,13 +38,13 @@ def train(settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
         run_of("simclr", settings, photos, out, seed), Dataset.open(photos.packed), 1
     ).steps_per_epoch
     with Clock() as clock:
-        net = _train(settings, photos.jpegs, saved, seed, steps_per_epoch)
+        trained = _train(settings, photos.jpegs, saved, seed, steps_per_epoch)
     return Trained.timed(
-        net[0], settings.epochs * steps_per_epoch, clock, saved.with_suffix(".times.json"), interrupted
+        trained, settings.epochs * steps_per_epoch, clock, saved.with_suffix(".times.json"), interrupted
     )
 
 
-def _train(settings: Settings, jpegs: Path, saved: Path, seed: int, steps_per_epoch: int) -> nn.Sequential:
+def _train(settings: Settings, jpegs: Path, saved: Path, seed: int, steps_per_epoch: int) -> Backbone:
     precision.speed_up_float32_matmul()
     dtype = precision.resolve("auto", "cpu")
     torch.manual_seed(seed)
@@ -75,7 +76,7 @@ def _train(settings: Settings, jpegs: Path, saved: Path, seed: int, steps_per_ep
             say.line(step + 1, loss)
         with atomic.replacing(saved) as part:
             torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}, part)
-    return net
+    return trunk
 
 
 def _batches(settings: Settings, jpegs: Path) -> Any:

@@ -182,7 +182,7 @@ def main() -> None:
     if min(args.repeats, args.threads, args.passes, args.batch_size) < 1 or args.size_px < 8:
         parser.error("repeats, threads, passes and batch-size are at least 1, size-px at least 8")
     if importlib.util.find_spec("lightly") is None:
-        parser.error("lightly is not installed; pip install '.[bench]'")
+        parser.error("lightly is not installed; pip install '.[dev]'")
     archive = find_archive()
     with tempfile.TemporaryDirectory() as temporary:
         try:

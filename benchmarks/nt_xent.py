@@ -47,6 +47,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "dense": dense_losses.nt_xent,
     "lightly": dense_losses.lightly_nt_xent,
 }
+Pair = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]  # ours, a dense one, what both are given
 PARTS = ("time", "growth", "memory", "gradient", "ring", "others", "tiles")
 
 
@@ -93,13 +94,13 @@ def time_table(repeats: int, num_images: int = 8192) -> list[str]:
     return lines
 
 
-def growth_table(most: int) -> list[str]:
+def growth_table(least: int, most: int) -> list[str]:
     rate = product_rate()
     lines = [
         f"| N (a product of 2048 x 2048: {rate / 1e9:.0f} GFLOP/s) | seconds | of N^2, 1e-9 s | share of the rate |",
         "|---|---|---|---|",
     ]
-    num_images = 1024
+    num_images = max(1024, least)
     while num_images <= most:
         repeats = 5 if num_images <= 8192 else 1
         taken = [seconds(losses.nt_xent, views(num_images)) for _ in range(repeats)]
@@ -122,12 +123,12 @@ def product_rate() -> float:
     return 2 * 2048**3 / statistics.median(taken)
 
 
-def memory_table(most: int) -> list[str]:
+def memory_table(least: int, most: int) -> list[str]:
     lines = [
         "| N | peak of distssl, MB | bytes a number of za and zb | of dense | of lightly |",
         "|---|---|---|---|---|",
     ]
-    num_images = 2048
+    num_images = max(2048, least)
     while num_images <= most:
         peaks = {name: _peak_in_child(name, num_images) for name in LOSSES if name == "distssl" or num_images <= 8192}
         ours = peaks["distssl"]
@@ -231,7 +232,7 @@ def others_table(repeats: int) -> list[str]:
     return lines
 
 
-def _others() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]:
+def _others() -> dict[str, Pair]:
     generator = torch.Generator().manual_seed(0)
 
     def rows(n: int, dim: int = D, grad: bool = True) -> Tensor:
@@ -244,14 +245,15 @@ def _others() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], l
         return dense_losses.neighbourhood_loss(v, own, mu, kinds, 10.0)
 
     own, kinds = torch.arange(20000) % 6000, torch.arange(6000) % 20
-    found = {"segsort, 20000 places, 6000 prototypes, D = 32": (ours, dense, [rows(20000, 32), rows(6000, 32)])}
+    found: dict[str, Pair] = {}
+    found["segsort, 20000 places, 6000 prototypes, D = 32"] = (ours, dense, [rows(20000, 32), rows(6000, 32)])
     for n in (32, 256):
         inputs = [rows(n), rows(n, grad=False), rows(65536, grad=False)]
-        pair = [functools.partial(f, temperature=0.2) for f in (losses.info_nce, dense_losses.info_nce)]
-        found[f"info_nce, {n} queries, 65536 keys"] = (*pair, inputs)
-    for n, b in ((256, 4096), (4096, 4096)):
-        pair = [functools.partial(f, temperature=0.2) for f in (losses.in_batch, dense_losses.in_batch)]
-        found[f"in_batch, {n} queries, {b} keys"] = (*pair, [rows(n), rows(b, grad=False)])
+        a, b = (functools.partial(f, temperature=0.2) for f in (losses.info_nce, dense_losses.info_nce))
+        found[f"info_nce, {n} queries, 65536 keys"] = (a, b, inputs)
+    for n, m in ((256, 4096), (4096, 4096)):
+        a, b = (functools.partial(f, temperature=0.2) for f in (losses.in_batch, dense_losses.in_batch))
+        found[f"in_batch, {n} queries, {m} keys"] = (a, b, [rows(n), rows(m, grad=False)])
     return found
 
 
@@ -273,7 +275,8 @@ def main() -> None:
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--most", type=int, default=65536, help="images, of growth and memory")
+    parser.add_argument("--least", type=int, default=0, help="images, of growth and memory, which go on by doubling")
+    parser.add_argument("--most", type=int, default=65536, help="of the same")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -284,8 +287,8 @@ def main() -> None:
     print(f"{provenance.describe()}\n- {args.threads} threads, float32 matmul precision {setting}\n")
     tables = {
         "time": lambda: time_table(args.repeats),
-        "growth": lambda: growth_table(args.most),
-        "memory": lambda: memory_table(args.most),
+        "growth": lambda: growth_table(args.least, args.most),
+        "memory": lambda: memory_table(args.least, args.most),
         "gradient": gradient_table,
         "ring": ring_table,
         "others": lambda: others_table(args.repeats),

@@ -32,6 +32,7 @@ from distssl import config, method, monitor, train
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import shards
+from distssl.data.locations import Place
 from distssl.data.shards import Dataset
 from distssl.nn import norm, optim, precision
 
@@ -112,7 +113,7 @@ def measure_loop(scratch: Path, repeats: int, steps: int, threads: int) -> list[
     return blocks
 
 
-def _loop_run(scratch: Path, packed: Path, repeat: int) -> Run:
+def _loop_run(scratch: Path, packed: Place, repeat: int) -> Run:
     """A run too long to end by itself, and no checkpoint but the one at its stop, after the last stamp."""
     places = {"data.source": packed, "machine.storage": scratch / "loop", "machine.cache": scratch / "cache"}
     more = {"name": f"repeat{repeat}", "train.epochs": 1000, "eval.every": "null", "checkpoint.every": 10**6}

@@ -27,6 +27,7 @@ from distssl.data import indexing, shards
 from distssl.data.shards import Dataset
 from distssl.downstream import classify, features, labels
 from distssl.downstream.features import Features
+from distssl.nn.backbones import Backbone
 
 CLOTHING, GROCERY = "clothing_cc0_s224.zip", "grocery_mit_s128.zip"
 NO_LABEL = ("Not sure", "Other", "Skip")
@@ -137,7 +138,7 @@ def _pack(out: Path, title: str) -> Path:
     return folder
 
 
-def probe(backbone: torch.nn.Module, photos: Photos, context: Context, threads: int, dtype: torch.dtype) -> list[dict]:
+def probe(backbone: Backbone, photos: Photos, context: Context, threads: int, dtype: torch.dtype) -> list[dict]:
     """kNN and linear figures of a backbone on both data sets: rows of data, task, labels (None: all) and value."""
     rows: list[dict] = []
     for name, split in photos.splits.items():
@@ -154,11 +155,11 @@ def probe(backbone: torch.nn.Module, photos: Photos, context: Context, threads: 
     return rows
 
 
-def extract(model: torch.nn.Module, packed: Path, context: Context, threads: int, dtype: torch.dtype) -> Features:
-    """What the model makes of the middle square of every labelled photo."""
+def extract(backbone: Backbone, packed: Path, context: Context, threads: int, dtype: torch.dtype) -> Features:
+    """What the backbone makes of the middle square of every labelled photo."""
     dataset = Dataset.open(packed)
     how = features.Extraction(size_px=SIZE_PX, crop=1.0, threads=threads, max_pixels=50_000_000, dtype=dtype)
-    return features.extract(model, dataset, dataset.labelled_ids(), how, context)
+    return features.extract(backbone, dataset, dataset.labelled_ids(), how, context)
 
 
 def pick(train: Features, num: int, draw: int) -> Features:

@@ -137,6 +137,7 @@ def _blocks(run: Run, data: Data, num: int) -> list[Pair]:
     half, lanes = run.data.global_batch // 2, order.lanes_of(run)
     blocking, links = calibrate._talk(run, data)
     silent = dist.new_group([0, 1], backend="fake")
+    assert isinstance(silent, dist.ProcessGroup)
     pairs = []
     with contextlib.ExitStack() as stack:
         together = stack.enter_context(calibrate._training(run, half, data, lanes))

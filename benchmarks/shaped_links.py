@@ -7,6 +7,7 @@ has netem.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -115,4 +116,8 @@ def main(num: int, mbit_per_s: float, delay_s: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("num", type=int, help="hosts")
+    parser.add_argument("mbit_per_s", type=float)
+    parser.add_argument("delay_s", type=float)
+    main(**vars(parser.parse_args()))

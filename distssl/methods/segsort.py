@@ -107,10 +107,10 @@ class SegSort(method.Method):
             "segments": (kind != NONE).sum(1).double().mean(),
         }
 
-    def embed(self, image: Tensor) -> Tensor:
-        """Unit vectors of an image's places, row by row: [N, 3, H, W] -> [N, P, D]."""
-        side = image.shape[2] // self.cfg.stride
-        return F.normalize(self.decoder(self.backbone.feature_map(image), side).flatten(2).mT, dim=2)
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit vectors of the images' places, row by row: [N, 3, H, W] -> [N, P, D]."""
+        side = images.shape[2] // self.cfg.stride
+        return F.normalize(self.decoder(self.backbone.feature_map(images), side).flatten(2).mT, dim=2)
 
     def _segments(self, image: Tensor, v: Tensor, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The segment of each place, -1 for none, int64 [N, P]; the class of each segment or NONE, int64 [N, S]."""

@@ -156,7 +156,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y = ctx.saved_tensors
         dx, dy = (
             torch.zeros_like(v) if needed else None for v, needed in zip((x, y), ctx.needs_input_grad, strict=False)
@@ -207,7 +207,7 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_sums: Tensor, of_exponents: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, of_sums: Tensor, of_exponents: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         views, factors = ctx.saved_tensors
         length, rows, ring = ctx.options
         dviews = torch.zeros_like(views)

@@ -109,7 +109,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mean, var, count = ctx.saved_tensors
         dy = grad.contiguous(memory_format=_memory_format(x))
         _, dy_xhat, dy_sum = aten.native_batch_norm_backward(

@@ -66,7 +66,7 @@ class PerSample(nn.Module):
         last = torch.zeros_like(different).scatter_reduce_(0, nth, places, "amax")
         self.values[different] = values[last]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         stored = state_dict.get(f"{prefix}values")
         if stored is not None and stored.shape[1:] == self.values.shape[1:]:
             self.values = self.values.new_empty(stored.shape)
