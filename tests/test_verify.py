@@ -54,7 +54,7 @@ def test_deepcluster_takes_them_with_the_networks_of_its_paper_behind_a_sobel_fi
     settings = (*PLAIN, f"model.backbone={backbone}", f"method.augment.size_px={size_px}")
     case = Case("deepcluster", settings=settings)
     reference = verify.record(case, packed, tmp_path / "alone")
-    for found in ranks(2).run(verify_record, case, packed, tmp_path / "ranks", timeout_s=300):
+    for found in ranks(2).run(verify_record, case, packed, tmp_path / "ranks", timeout_s=500):
         check(case, 2, reference, found)
 
 
