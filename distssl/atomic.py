@@ -39,7 +39,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(error):
             raise
         written = path.with_name(f".{path.name}.part")
         size = written.stat().st_size if written.is_file() else 0
@@ -48,6 +48,10 @@ def full_disk_named(path: Path) -> Iterator[None]:
             f"{path}: the disk is full: {size:,} bytes written and more needed, {free:,} free; "
             "free some space and run the same command again, it goes on"
         ) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def require_free(folder: Path, needed: int) -> None:

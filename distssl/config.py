@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
-from distssl import mirror, remote, settings
+from distssl import mirror, settings, stores
 from distssl.errors import ConfigError
 
 FROZEN_TASKS = ("knn", "linear", "retrieval", "cluster")  # on a frozen backbone's features
@@ -153,7 +153,7 @@ class Machine(Section):
     @field_validator("storage", mode="after")
     @classmethod
     def _absolute_or_url(cls, place: str) -> str:
-        return remote.absolute(place)
+        return stores.absolute(place)
 
 
 class Run(Section):
@@ -182,7 +182,7 @@ class Run(Section):
     @property
     def run_url(self) -> str | None:
         """Where the run folder lies, if that is no path."""
-        return f"{self.machine.storage}/{self.run_name}" if remote.is_url(self.machine.storage) else None
+        return f"{self.machine.storage}/{self.run_name}" if stores.is_url(self.machine.storage) else None
 
     @property
     def run_dir(self) -> Path:

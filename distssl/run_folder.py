@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from distssl import atomic, config, job, method, mirror, mirrored, remote
+from distssl import atomic, config, job, method, mirror, mirrored, stores
 from distssl.config import Machine, Run
 from distssl.context import Context
 from distssl.downstream import rows
@@ -31,7 +31,7 @@ class Found:
 def find(place: str | Path, overrides: Sequence[str] = ()) -> Found:
     """The run at a path or URL, its config with key=value overrides. Raises ConfigError where there is none."""
     place = str(place)
-    if remote.is_url(place):
+    if stores.is_url(place):
         return _find_there(place, overrides)
     folder = Path(place).expanduser().resolve()
     _require(place, (folder / job.CONFIG).exists())
@@ -43,7 +43,7 @@ def find(place: str | Path, overrides: Sequence[str] = ()) -> Found:
 
 def _find_there(place: str, overrides: Sequence[str]) -> Found:
     try:
-        place = remote.checked(place)
+        place = stores.checked(place)
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from None
     storage, _, name = place.rpartition("/")
@@ -72,12 +72,12 @@ def _cache(overrides: Sequence[str]) -> Path:
 
 def beside(place: str) -> Path:
     """The folder that a run lies in; for one at a URL the one that the user is in."""
-    return Path.cwd() if remote.is_url(place) else Path(place).resolve().parent
+    return Path.cwd() if stores.is_url(place) else Path(place).resolve().parent
 
 
 def with_records(places: Sequence[str]) -> list[Path]:
     """Folders of runs with their figures, curves and pictures, of which copies are made where they lie at URLs."""
-    return [_with_records(place) if remote.is_url(place) else Path(place) for place in places]
+    return [_with_records(place) if stores.is_url(place) else Path(place) for place in places]
 
 
 def _with_records(place: str) -> Path:

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from distssl import atomic, config, job, mirror, remote, run_folder, settings
+from distssl import atomic, config, job, mirror, run_folder, settings, stores
 from distssl.config import Machine, Run, Section, TaskName
 from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, METRICS
 from distssl.errors import ConfigError
+from distssl.remote import Remote
 
 FILE = "sweep.yaml"
 OWN_KEYS = ("run", "backbone", "labels")  # of a space, beside the keys of a run's config that begin with eval.
@@ -89,7 +90,7 @@ class Sweep(Section):
     @field_validator("storage", mode="after")
     @classmethod
     def _absolute(cls, place: str) -> str:
-        return remote.absolute(place)
+        return stores.absolute(place)
 
     @property
     def mode(self) -> Literal["min", "max"]:
@@ -98,7 +99,7 @@ class Sweep(Section):
     @property
     def url(self) -> str | None:
         """Where the sweep's folder lies, if that is no path."""
-        return f"{self.storage}/{self.name}" if remote.is_url(self.storage) else None
+        return f"{self.storage}/{self.name}" if stores.is_url(self.storage) else None
 
     @property
     def folder(self) -> Path:
@@ -156,7 +157,7 @@ class Trial(Section):
 
 def trial(sweep: Sweep, point: Mapping[str, Any]) -> Trial:
     """The evaluation at a point. Raises ConfigError where a value is not right."""
-    place = remote.absolute(str(point.get("run", sweep.runs[0])))
+    place = stores.absolute(str(point.get("run", sweep.runs[0])))
     backbone, labels = point.get("backbone", "pretrained"), point.get("labels")
     if backbone not in BACKBONES:
         raise ConfigError(f"space.backbone: {backbone}: {', '.join(BACKBONES)} are right")
@@ -200,7 +201,7 @@ def claim(sweep: Sweep) -> None:
     path = sweep.folder / FILE
     text = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False)
     if sweep.url:
-        there = remote.Remote(sweep.url)
+        there = Remote(sweep.url)
         found = there.read(FILE)
         there.check()
     else:
@@ -222,4 +223,4 @@ def keep(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
 
 def _put(sweep: Sweep, path: Path) -> None:
     if sweep.url:
-        remote.Remote(sweep.url).put(path.name, path)
+        Remote(sweep.url).put(path.name, path)

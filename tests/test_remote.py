@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distssl import remote
+from distssl import stores
 from distssl.errors import ConfigError, RunError
 from distssl.remote import Remote
 from tests import buckets
@@ -54,7 +54,7 @@ def test_files_at_a_url_are_those_that_were_put_there(place: str, tmp_path: Path
 )
 def test_a_url_that_nothing_here_reads_is_refused(url: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        remote.absolute(url)
+        stores.absolute(url)
 
 
 def test_a_store_that_fails_for_a_while_is_waited_for(unreliable: Unreliable, bucket: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import braceexpand
 
+from distssl import stores
 from distssl.data import locations, transfer
 from distssl.data.locations import Place
 from distssl.errors import ConfigError
@@ -67,7 +68,7 @@ def _remote(url: str, key: str) -> list[str]:
     for pattern in _braces(url, key, url):
         if pattern.partition("?")[0].endswith(SUFFIXES) and not any(c in pattern for c in "*["):
             found.add(pattern)
-        elif locations.scheme(url) in locations.HTTP:
+        elif stores.scheme(url) in stores.HTTP:
             example = f"{pattern.rpartition('/')[0]}/name-{{000..099}}.tar"
             raise ConfigError(f"{key}={url}: HTTP lists no folders; name the tars one by one, as {example} does")
         else:

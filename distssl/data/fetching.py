@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
@@ -10,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from distssl import atomic, stores
 from distssl.config import Machine
 from distssl.data import transfer
 from distssl.data.tar_cache import Denied, TarCache
@@ -166,7 +166,7 @@ class Fetcher:
                 descriptor = self._fetch(shard, keep, stop, None)
                 if descriptor is not None:
                     self._hand_over(shard, descriptor)
-            except transfer.StoppedError:
+            except stores.StoppedError:
                 pass
             except Exception as error:  # noqa: BLE001 - raised again where the shards are read
                 with self._changed:
@@ -232,7 +232,7 @@ class Fetcher:
             )
             self.cache.finish(tar, descriptor)
             whole = True
-        except (transfer.StoppedError, RunError) as error:
+        except (stores.StoppedError, RunError) as error:
             resumable = not isinstance(error, transfer.TornError)
             raise
         finally:
@@ -241,7 +241,7 @@ class Fetcher:
         self.traffic.add(num_downloads=1, num_bytes=num_bytes)
 
     def _named(self, error: OSError) -> ConfigError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if atomic.is_full_disk(error):
             free = gigabytes(shutil.disk_usage(self.cache.folder).free)
             return ConfigError(
                 f"machine.cache={self.machine.cache}: the disk is full, {free} GB free, and nothing of the cache can "

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from distssl import atomic, config
+from distssl import atomic, config, stores
 from distssl.data import annotations, expansion, index_parts, locations, tars, transfer
 from distssl.data.index_parts import COLUMNS, FIRST_NAMED, INDEX_SCHEMA, META, PLACES, Part
 from distssl.data.locations import Place
@@ -167,7 +167,7 @@ def default_place(url: str, paths: Sequence[Place], key: str = "url") -> Place:
     (folder,) = folders
     if isinstance(folder, Path) and not os.access(folder, os.W_OK):
         raise UnwritableError(f"out: {folder} cannot be written, so say where the index goes")
-    if locations.scheme(url) in locations.HTTP or set(expansion.expand(str(folder), key=key)) == set(paths):
+    if stores.scheme(url) in stores.HTTP or set(expansion.expand(str(folder), key=key)) == set(paths):
         return folder
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in locations.name(url).removesuffix(".tar"))
     return locations.join(folder, f"{name}.index")

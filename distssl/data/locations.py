@@ -1,4 +1,4 @@
-"""Places that are URLs: objects on S3, GCS, HTTP or whatever fsspec reads, and what went wrong with one, in words.
+"""Places that are URLs: objects on S3, GCS, HTTP or whatever fsspec reads.
 
 Filesystems are opened in the process and at the time they are first used: those of fsspec that are asynchronous do not
 survive a fork. They do not retry by themselves: how long that is worth is `transfer.patiently`'s to say.
@@ -6,7 +6,6 @@ survive a fork. They do not retry by themselves: how long that is worth is `tran
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import posixpath
@@ -14,26 +13,19 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-import fsspec
-
+from distssl import stores
 from distssl.errors import ConfigError
+from distssl.stores import HTTP, scheme
 
 Place = Path | str  # on this file system, or a URL
 
 READ_TIMEOUT_S = 20  # without a byte
 CONNECT_TIMEOUT_S = 10
-RETRIED = (408, 425, 429)  # HTTP statuses below 500 that another try may mend
-ATOMIC = ("s3", "s3a", "gs", "gcs", "abfs", "az", "http", "https", "memory")  # an object is there whole or not at all
-HTTP = ("http", "https")
 
 
 def is_url(place: Place) -> bool:
     """Whether this is no path of this file system."""
-    return isinstance(place, str) and "://" in place and not place.startswith("file://")
-
-
-def scheme(url: str) -> str:
-    return url.partition("://")[0]
+    return isinstance(place, str) and stores.is_url(place) and not place.startswith("file://")
 
 
 def name(place: Place) -> str:
@@ -56,7 +48,7 @@ def join(folder: Place, path: str) -> Place:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of a URL and the path in it. Raises ConfigError for a scheme that cannot be used."""
-    opened = _open_filesystem(os.getpid(), scheme(url))
+    opened = _filesystem(os.getpid(), scheme(url))
     return opened, opened._strip_protocol(url)
 
 
@@ -69,8 +61,8 @@ def check(url: str, key: str) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _open_filesystem(_pid: int, protocol: str) -> Any:
-    options: dict[str, Any] = {"use_listings_cache": False}
+def _filesystem(_pid: int, protocol: str) -> Any:
+    options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64, **timeouts}
@@ -79,10 +71,7 @@ def _open_filesystem(_pid: int, protocol: str) -> Any:
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
         options["client_kwargs"] = {"timeout": timeout}
-    try:
-        opened = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{protocol}://: cannot be read: {_line(error)}") from error
+    opened = stores.connect(f"{protocol}://", skip_instance_cache=True, **options)
     if protocol in ("s3", "s3a"):
         opened.retries = 1
     return opened
@@ -148,82 +137,10 @@ def write(url: str, file: Path) -> None:
     found, path = filesystem(url)
     if scheme(url) in HTTP:
         found.pipe_file(path, file.read_bytes())
-    elif scheme(url) in ATOMIC:
+    elif scheme(url) in stores.OF_OBJECTS:
         found.put_file(str(file), path)
     else:
         part = f"{parent(path)}/.{name(path)}.part"
         found.makedirs(parent(path), exist_ok=True)
         found.put_file(str(file), part)
         found.mv(part, path)
-
-
-def status(error: BaseException) -> int | None:
-    """The HTTP status that an exception of fsspec means, None where the server gave none."""
-    import aiohttp
-
-    each: BaseException | None = error
-    # The cause of a body that is cut calls itself a 400.
-    while each is not None and not isinstance(each, aiohttp.ClientPayloadError):
-        response = getattr(each, "response", None)
-        if isinstance(response, dict):  # botocore's
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for attribute in ("status", "code"):  # aiohttp's and gcsfs's
-            if isinstance(getattr(each, attribute, None), int):
-                return int(getattr(each, attribute))
-        each = each.__cause__
-    error = _cause(error)
-    if isinstance(error, FileNotFoundError):
-        return 404
-    return 403 if isinstance(error, PermissionError) else None
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What happened: fsspec says of every HTTP object whose size it cannot ask for that it is not there."""
-    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may do better in a while: no answer, a cut one, or a server that is overloaded."""
-    found = status(error)
-    if found is not None:
-        return found in RETRIED or found >= 500
-    if isinstance(error, NotImplementedError):
-        return False
-    return isinstance(_cause(error), (OSError, EOFError, asyncio.TimeoutError, *_network_errors()))
-
-
-def is_refused(error: BaseException) -> bool:
-    """Whether the server has said no, or nobody knows as whom to ask it."""
-    return status(error) is not None or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
-
-
-@functools.cache
-def _network_errors() -> tuple[type[BaseException], ...]:
-    import aiohttp
-    from botocore import exceptions, parsers
-
-    of_boto = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
-    return (aiohttp.ClientError, *of_boto, parsers.ResponseParserError)
-
-
-def said(error: BaseException) -> str:
-    """What happened, in one line, with the status where there is one."""
-    found, cause = status(error), _cause(error)
-    if found is None:
-        return _line(cause)
-    return " ".join(f"{found} {getattr(cause, 'message', None) or cause}".split())[:200]
-
-
-def advice(error: BaseException) -> str:
-    """What to check where the server has said no."""
-    return {
-        401: "check the credentials",
-        403: "check the credentials and that they may read it; some stores say 403 of what is not there",
-        404: "check the URL, and that nobody has removed it",
-        412: "it has changed since it was indexed: index it again",
-    }.get(status(error) or 0, "check the URL and the credentials")
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__

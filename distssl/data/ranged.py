@@ -10,6 +10,7 @@ import collections
 import threading
 from typing import overload
 
+from distssl import stores
 from distssl.data import transfer
 
 WINDOW, LARGEST_WINDOW = 32 << 10, 1 << 20  # bytes a request; an image's header seldom needs more
@@ -58,7 +59,7 @@ class RangedFile:
                 self._windows.move_to_end(first)
                 return window[start - first : end - first]
         if self.stop is not None and self.stop.is_set():
-            raise transfer.StoppedError
+            raise stores.StoppedError
         in_a_row = self._windows and self._end - self._length <= start <= self._end
         length = min(2 * self._length, max(LARGEST_WINDOW, self.window)) if in_a_row else self.window
         last = min(max(end, start + length), self.size)

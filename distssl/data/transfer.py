@@ -1,44 +1,40 @@
-"""Patience with a remote store: tries again with backoff and jitter, downloads that go on where they were cut."""
+"""Downloads with patience: what was cut goes on where it was."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import itertools
-import logging
 import os
-import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from distssl import atomic
+from distssl import atomic, stores
 from distssl.data import locations
 from distssl.data.locations import Object
 from distssl.errors import RunError
-
-log = logging.getLogger(__name__)
+from distssl.stores import StoppedError, Waits
 
 RETRY_S = 120.0
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 8.0
+WAITS = Waits(first_s=0.1, longest_s=8.0)
 CHUNK = 8 << 20  # bytes a request; halved where answers are cut
 SMALLEST_CHUNK = 64 << 10
 NUM_DOWNLOADS = 3  # of a tar that comes whole and is not the one that was indexed
 
-T = TypeVar("T")
+ADVICE = {  # where the server has said no, by its status
+    401: "check the credentials",
+    403: "check the credentials and that they may read it; some stores say 403 of what is not there",
+    404: "check the URL, and that nobody has removed it",
+    412: "it has changed since it was indexed: index it again",
+}
+OTHER_ADVICE = "check the URL and the credentials"
 
-_jitter = random.SystemRandom()  # of the machine: nothing of a run is drawn from it
+T = TypeVar("T")
 
 
 class RefusedError(RunError):
     """The server has said no: trying again does not help."""
-
-
-class StoppedError(Exception):
-    """Nobody waits for this transfer any more."""
 
 
 class TornError(RunError):
@@ -66,28 +62,20 @@ def patiently(url: str, call: Callable[[], T], retry_s: float = RETRY_S, stop: t
 
     Raises RefusedError at once where the server says no, RunError when the time is up, StoppedError on `stop`.
     """
-    deadline = None
-    for attempt in itertools.count():
-        try:
-            return call()
-        except Exception as error:
-            if not locations.is_transient(error):
-                if locations.is_refused(error):
-                    raise RefusedError(f"{url}: {locations.said(error)}; {locations.advice(error)}") from error
-                raise
-            now = time.monotonic()
-            deadline = now + retry_s if deadline is None else deadline
-            delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt) * _jitter.uniform(0.5, 1)
-            if now >= deadline:
-                raise RunError(
-                    f"{url}: {locations.said(error)}; no better in machine.retry_s={retry_s:g} seconds, "
-                    "the same command goes on once the store is back"
-                ) from error
-            if attempt == 3:
-                log.warning("%s: %s; trying again for up to %g s", url, locations.said(error), retry_s)
-            if (stop or threading.Event()).wait(min(delay, deadline - now)):
-                raise StoppedError from error
-    raise AssertionError("unreachable")
+    try:
+        return stores.patiently(call, retry_s, WAITS, url, stop=stop)
+    except StoppedError:
+        raise
+    except stores.GaveUpError as error:
+        raise RunError(
+            f"{url}: {error}; no better in machine.retry_s={retry_s:g} seconds, "
+            "the same command goes on once the store is back"
+        ) from error
+    except Exception as error:
+        if stores.is_refused(error):
+            advice = ADVICE.get(stores.status(error) or 0, OTHER_ADVICE)
+            raise RefusedError(f"{url}: {stores.said(error)}; {advice}") from error
+        raise
 
 
 def read(url: str, retry_s: float = RETRY_S) -> bytes:
@@ -127,7 +115,7 @@ def download(
             os.fsync(descriptor)
             return came
         os.ftruncate(descriptor, 0)
-        if attempt < NUM_DOWNLOADS and (stop or threading.Event()).wait(FIRST_DELAY_S * 2**attempt):
+        if attempt < NUM_DOWNLOADS and (stop or threading.Event()).wait(WAITS.first_s * 2**attempt):
             raise StoppedError
     raise TornError(f"{tar.url}: {problem}, at {NUM_DOWNLOADS} downloads; upload it again or index it again")
 
@@ -190,7 +178,7 @@ def _written(descriptor: int, data: bytes, at: int, on_full: Callable[[], bool])
         try:
             done = os.pwrite(descriptor, rest, at)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not on_full():
+            if not atomic.is_full_disk(error) or not on_full():
                 raise
             continue
         rest, at = rest[done:], at + done

@@ -181,5 +181,5 @@ def test_a_tars_name_changes_with_its_content_and_not_with_its_place_where_that_
 
 
 def test_a_kind_of_url_that_nobody_reads_is_the_users_mistake() -> None:
-    with pytest.raises(ValueError, match=r"data\.source=s4://x: s4://: cannot be read"):
+    with pytest.raises(ValueError, match=r"data\.source=s4://x: s4:// is not known"):
         locations.check("s4://x", "data.source")
