@@ -134,28 +134,37 @@ def answer(url: str) -> bytes | None:
         return None
 
 
-def test_tensorboard_reads_runs_from_s3(tmp_path: Path) -> None:
-    losses = [4.0, 2.0, 1.0]
-    record = monitor.Monitor(tmp_path / "demo", 0)
-    for step, loss in enumerate(losses, 1):
-        record.log(step, {"loss": loss})
-    record.close()
+def test_tensorboard_follows_a_run_on_s3_that_is_not_done(tmp_path: Path) -> None:
+    losses = [4.0, 2.0, 1.0, 0.5]
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     with ExitStack() as stack:
+        record = stack.enter_context(closing(monitor.Monitor(tmp_path / "demo", 0)))
         s3 = stack.enter_context(serving("moto_server", log=tmp_path / "s3.log", environ=os.environ | keys))
         session = boto3.Session("test", "test", region_name="us-east-1")
         bucket = session.resource("s3", endpoint_url=s3).Bucket("team")
         bucket.create()
-        (events,) = (tmp_path / "demo").glob("events.*")
-        bucket.upload_file(str(events), f"runs/demo/{events.name}")
         environ = os.environ | keys | {"AWS_ENDPOINT_URL": s3}
         log = tmp_path / "tensorboard.log"
-        board = stack.enter_context(serving("tensorboard", "--logdir=s3://team/runs", log=log, environ=environ))
-        until = time.monotonic() + 60
-        while not (found := answer(f"{board}/data/plugin/scalars/scalars?run=demo&tag=loss")):
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.3)
-    assert [(step, value) for _, step, value in json.loads(found)] == list(enumerate(losses, 1))
+        options = ("--logdir=s3://team/runs", "--reload_interval=1")
+        board = stack.enter_context(serving("tensorboard", *options, log=log, environ=environ))
+        (events,) = (tmp_path / "demo").glob("events.*")
+        for step, loss in enumerate(losses, 1):
+            size = events.stat().st_size
+            record.log(step, {"loss": loss})
+            until = time.monotonic() + 60
+            while events.stat().st_size == size:  # of a thread of TensorBoard's, which is not flushed
+                assert time.monotonic() < until, "nothing came to the disk"
+                time.sleep(0.01)
+            bucket.upload_file(str(events), f"runs/demo/{events.name}")
+            while scalars(board) != list(enumerate(losses[:step], 1)):
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.3)
+
+
+def scalars(board: str) -> list[tuple[int, float]]:
+    """Steps and losses of the run demo that a TensorBoard shows."""
+    found = answer(f"{board}/data/plugin/scalars/scalars?run=demo&tag=loss")
+    return [(step, value) for _, step, value in json.loads(found or b"[]")]
 
 
 def log_much(record: monitor.Monitor) -> None:
