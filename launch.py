@@ -250,8 +250,11 @@ def main(arguments: list[str]) -> int:
     commands = {command.callback.__name__ for command in registered if command.callback}
     if not arguments or arguments[0] not in commands | {"--help"}:
         arguments = ["pretrain", *arguments]
-    handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    if errors.is_terminal:
+        handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    else:  # a line of the log is one of the file
+        logging.basicConfig(level=logging.INFO, format="%(levelname)-8s %(message)s")
     try:
         app(arguments)  # leaves by SystemExit, with 2 for wrong usage
     except ConfigError as error:

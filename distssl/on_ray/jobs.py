@@ -56,6 +56,12 @@ def running(client: JobSubmissionClient, name: str | None = None, kind: str = "w
     return [job for job in ours(client, kind) if job.status not in ENDED and name in (None, name_of(job))]
 
 
+def at_work(client: JobSubmissionClient) -> list[JobDetails]:
+    """Jobs that run, whoever submitted them, but for services."""
+    found = (job for job in client.list_jobs() if job.submission_id and job.status not in ENDED)
+    return [job for job in found if (job.metadata or {}).get("kind") != "service"]
+
+
 def name_of(job: JobDetails) -> str:
     """As it was submitted under; its id has a number too."""
     return (job.metadata or {}).get("name", "")
@@ -110,7 +116,7 @@ def follow(way: Way, job: str, show: Tell, say: Tell) -> int:
         except (RunError, *LOST) as error:
             if lost_at is None:
                 lost_at = time.monotonic()
-                say(f"the connection is lost ({_first_line(error)}); the job goes on, connecting again")
+                say(f"the connection is lost ({first_line(error)}); the job goes on, connecting again")
             if time.monotonic() - lost_at > LOST_S:
                 raise RunError(f"the head has not answered for {LOST_S // 60} minutes; is it still there?") from None
         time.sleep(POLL_S)
@@ -155,5 +161,6 @@ def _exit_code(details: JobDetails) -> int:
     return details.driver_exit_code or 1
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

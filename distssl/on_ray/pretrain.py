@@ -22,7 +22,7 @@ from distssl import job, monitor
 from distssl.config import Run
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import desk, network, place
+from distssl.on_ray import desk, network, place, waiting
 from distssl.on_ray.gauges import Gauges
 from distssl.remote import Remote
 
@@ -189,7 +189,7 @@ def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain,
         )
         outcomes: list[dict[str, Any]] = []
         try:
-            with _noting(the_desk, run):
+            with _noting(the_desk, run), waiting.told():
                 trainer.fit()
             outcomes = ray.get(the_desk.outcomes.remote())
         except TrainingFailedError as error:

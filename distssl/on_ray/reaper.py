@@ -1,9 +1,8 @@
-"""On a cluster's head: end the cluster when a job is done, whether or not whoever started it still watches."""
+"""On a cluster's head: end the cluster once it has no work, whether or not whoever started it still watches."""
 
 from __future__ import annotations
 
 import logging
-import sys
 import time
 
 from ray.autoscaler._private.providers import _get_node_provider
@@ -15,21 +14,30 @@ from distssl.on_ray import jobs, place
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 60  # for those who watch, to read the end and take the cluster down themselves
-POLL_S = 5
+NAME = "reaper"
+GRACE_S = 30  # for those who watch, to read the end and take the cluster down themselves; and for the first job to come
+POLL_S = 2
 
 
-def main(job: str) -> None:
+def main() -> None:
     place.start()
     client = JobSubmissionClient()
-    while not jobs.wait(client, job, POLL_S):
-        pass
-    log.info("job %s has ended", job)
-    time.sleep(GRACE_S)
-    while jobs.running(client):
-        log.info("another job is running")
+    worked_at = time.monotonic()
+    while time.monotonic() - worked_at < GRACE_S:
+        if _has_work(client):
+            worked_at = time.monotonic()
         time.sleep(POLL_S)
+    log.info("no job has been running for %d s", GRACE_S)
     end_all()
+
+
+def _has_work(client: JobSubmissionClient) -> bool:
+    """Where nobody answers, there may be."""
+    try:
+        return bool(jobs.at_work(client))
+    except jobs.LOST as error:
+        log.warning("%s", jobs.first_line(error))
+        return True
 
 
 def end_all() -> None:
@@ -45,4 +53,4 @@ def end_all() -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(sys.argv[1])
+    main()

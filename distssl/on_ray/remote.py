@@ -15,7 +15,7 @@ from rich.console import Console
 from distssl.config import Run
 from distssl.data import order
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import cluster, jobs, place
+from distssl.on_ray import cluster, jobs, place, reaper
 from distssl.on_ray.cluster_file import ClusterFile
 from distssl.on_ray.place import Workers
 from distssl.on_ray.target import Target
@@ -25,7 +25,12 @@ log = logging.getLogger(__name__)
 
 LET_GO = 130  # the exit code of a command whose job goes on
 STOP_S = 300  # for the checkpoint of a run that is asked to stop
-PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200"}  # hosts have to be found, started and set up first
+OF_JOBS = {
+    "RAY_SCHEDULER_EVENTS": "0",  # or Ray says every 5 s that it adds a host where there is none to be had
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",  # hosts have to be found, started and set up first
+    "AWS_METADATA_SERVICE_TIMEOUT": "5",  # by default one try of a second decides that a host has no role
+    "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "5",
+}
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")  # no keys: hosts have roles of their own
 
 
@@ -110,10 +115,7 @@ class Cluster:
 
     def submit(self, errand: Errand, workers: Workers | None) -> str:
         """Start the errand's job; the one that is doing it already where there is one. Its id."""
-        for job in jobs.running(self.client, errand.name):
-            self.say(f"job {job.submission_id} is doing that already")
-            return str(job.submission_id)
-        environment = {**place.ENVIRONMENT, **PATIENCE, place.CLUSTER: self.name}
+        environment = {**place.ENVIRONMENT, **OF_JOBS, place.CLUSTER: self.name}
         environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         if self.file:
             environment |= self.file.options.environment
@@ -122,19 +124,21 @@ class Cluster:
         if workers:
             environment[place.WORKERS] = workers.dumps()
         with jobs.shipment(errand.files) as folder:
+            if self.target.down_when_done:  # first, so that no job is without it
+                self._serve(reaper.NAME, ["python", "-m", "distssl.on_ray.reaper"], folder, environment)
+            for running in jobs.running(self.client, errand.name):
+                self.say(f"job {running.submission_id} is doing that already")
+                return str(running.submission_id)
             job = jobs.submit(self.client, errand.name, ["python", "launch.py", *errand.command], folder, environment)
             if errand.run and self.file:
-                self._serve_tensorboard(str(errand.run.machine.storage), folder, environment)
-            if self.target.down_when_done:
-                reaper = ["python", "-m", "distssl.on_ray.reaper", job]
-                jobs.submit(self.client, "reaper", reaper, folder, environment, kind="service")
+                where = ("--logdir", str(errand.run.machine.storage), "--host", "127.0.0.1", "--port", str(TENSORBOARD))
+                self._serve("tensorboard", ["tensorboard", *where], folder, environment)
         return job
 
-    def _serve_tensorboard(self, storage: str, folder: Path, environment: Mapping[str, str]) -> None:
-        if jobs.running(self.client, "tensorboard", "service"):
-            return
-        command = ["tensorboard", "--logdir", storage, "--host", "127.0.0.1", "--port", str(TENSORBOARD)]
-        jobs.submit(self.client, "tensorboard", command, folder, environment, kind="service")
+    def _serve(self, name: str, command: list[str], folder: Path, environment: Mapping[str, str]) -> None:
+        """Have a service run on the head, once."""
+        if not jobs.running(self.client, name, "service"):
+            jobs.submit(self.client, name, command, folder, environment, kind="service")
 
     def follow(self, job: str) -> int:
         """Show the job until it ends; its exit code. A Ctrl-C lets go of it."""
@@ -158,12 +162,21 @@ class Cluster:
         if code == LET_GO and not jobs.wait(self.client, job, 0):
             return code
         if self.target.down_when_done and self.file:
-            self.say(f"taking {self.name} down")
-            cluster.down(self.file, lambda line: None)
-            self.say("nothing of it is left")
+            self._down()
         elif self.file:
             self.say_idle()
         return code
+
+    def _down(self) -> None:
+        """Take it down, unless somebody else's job runs on it."""
+        assert self.file
+        others = jobs.at_work(self.client)
+        if others:
+            self.say(f"job {others[0].submission_id} is running on {self.name}, which ends when no job is left")
+            return
+        self.say(f"taking {self.name} down")
+        cluster.down(self.file, lambda line: None)
+        self.say("nothing of it is left")
 
     def say_idle(self, hosts: cluster.Hosts | None = None) -> None:
         """That hosts are up without work, and what that costs. hosts: those that are known to be up."""

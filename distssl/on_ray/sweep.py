@@ -23,7 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 from distssl import job, sweep
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import network, place
+from distssl.on_ray import network, place, waiting
 from distssl.on_ray.pretrain import last_line
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
@@ -84,7 +84,8 @@ def _run(swept: Sweep, tell: Callable[[Outcome], None], share: dict[str, int]) -
         ),
     )
     shutil.rmtree(swept.folder / TUNE, ignore_errors=True)  # what Ray noted of an earlier start
-    tuner.fit()
+    with waiting.told():
+        tuner.fit()
     return [watcher.outcomes[number] for number in sorted(watcher.outcomes)]
 
 

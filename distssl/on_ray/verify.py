@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from distssl import collectives
 from distssl import verify as certificate
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import network, place
+from distssl.on_ray import network, place, waiting
 from distssl.on_ray.pretrain import last_line
 from distssl.verify import Case, Record
 
@@ -53,7 +53,8 @@ def elsewhere(cases: Sequence[Case], world_size: int) -> list[Record]:
         ),
     )
     try:
-        trainer.fit()
+        with waiting.told():
+            trainer.fit()
     except TrainingFailedError as error:
         raise RunError(f"{world_size} workers failed: {last_line(error)}") from error
     return ray.get(shelf.take.remote())

@@ -45,6 +45,7 @@ class Cloud:
         self.network = hosts.Network(folder / "net")
         self.home = folder / "home"
         self.boots: Callable[[dict[str, Any]], bool] = lambda instance: True  # whether one that is started comes up
+        self.of_hosts = {"AWS_ENDPOINT_URL": ENDPOINT, "AWS_DEFAULT_REGION": REGION}  # their environment
         self.log: list[str] = []
         self._stop = threading.Event()
 
@@ -156,8 +157,7 @@ class Cloud:
         self._note("on", one)
         keys = self.client("ec2").describe_key_pairs(KeyNames=[one["KeyName"]], IncludePublicKey=True)["KeyPairs"]
         self._metadata.roles[one["PrivateIpAddress"]] = one["IamInstanceProfile"]["Arn"].rpartition("/")[2]
-        where = {"AWS_ENDPOINT_URL": ENDPOINT, "AWS_DEFAULT_REGION": REGION}
-        return self.network.host(one["InstanceId"], one["PrivateIpAddress"], keys[0]["PublicKey"], **where)
+        return self.network.host(one["InstanceId"], one["PrivateIpAddress"], keys[0]["PublicKey"], **self.of_hosts)
 
     def _note(self, what: str, one: dict[str, Any]) -> None:
         kind = one.get("InstanceLifecycle", "on demand")

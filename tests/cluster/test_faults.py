@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
-import http.server
-import threading
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import hosts
-from tests.cluster.cloud import ALIVE, ENDPOINT, MOTO_PORT, Cloud
+from tests.cluster import scarcity
+from tests.cluster.cloud import ALIVE, ENDPOINT, Cloud
 from tests.cluster.test_aws import cluster_file
 from tests.cluster.user import User
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(400)]
-
-FRONT_PORT = MOTO_PORT + 1
-NO_CAPACITY = """<?xml version="1.0"?><Response><Errors><Error><Code>InsufficientInstanceCapacity</Code>
-<Message>We currently do not have sufficient capacity in the zone you requested.</Message></Error></Errors>
-<RequestID>1</RequestID></Response>"""
-
-
-class Full(http.server.BaseHTTPRequestHandler):
-    """In front of moto: a cloud that has no host to give."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if b"Action=RunInstances" in body:
-            self._send(500, {"Content-Type": "text/xml"}, NO_CAPACITY.encode())
-            return
-        moto = http.client.HTTPConnection(hosts.GATEWAY, MOTO_PORT)
-        moto.request("POST", self.path, body, dict(self.headers))
-        answer = moto.getresponse()
-        self._send(answer.status, {"Content-Type": answer.headers["Content-Type"]}, answer.read())
-        moto.close()
-
-    def _send(self, code: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """It says nothing."""
-
-
-@pytest.fixture
-def full_cloud(cloud: Cloud) -> Iterator[str]:
-    """The address of an AWS that has no host to give."""
-    server = http.server.ThreadingHTTPServer((hosts.GATEWAY, FRONT_PORT), Full)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://{hosts.GATEWAY}:{FRONT_PORT}"
-    server.shutdown()
-    server.server_close()
 
 
 def fails(user: User, file: Path, told: str, code: int, **environment: str) -> None:
@@ -108,8 +64,9 @@ def test_an_image_that_does_not_exist(cloud: Cloud, user: User, shared: Path) ->
     nothing_is_left(cloud)
 
 
-def test_no_capacity(cloud: Cloud, user: User, shared: Path, full_cloud: str) -> None:
-    fails(user, cluster_file(cloud, shared), "InsufficientInstanceCapacity", 1, AWS_ENDPOINT_URL=full_cloud)
+def test_no_capacity(cloud: Cloud, user: User, shared: Path) -> None:
+    with scarcity.of_hosts():
+        fails(user, cluster_file(cloud, shared), "InsufficientInstanceCapacity", 1, AWS_ENDPOINT_URL=scarcity.URL)
     nothing_is_left(cloud)
 
 
