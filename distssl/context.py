@@ -128,7 +128,7 @@ class Context:
         return stop_file(self.run_dir).exists()
 
     def preempted(self) -> bool:
-        """Whether a host is about to be taken away, and no checkpoint was asked for since. Every rank calls it."""
+        """Whether a host is about to be taken away, and the run has to save and stop. Every rank calls it."""
         return False
 
     def __enter__(self: Self) -> Self:

@@ -82,7 +82,7 @@ class Training:
             self.monitor.quarantine(list(self.quarantine.entries.values()))
 
     def run(self) -> bool:
-        """Take the steps that are left; False where somebody asked to stop before the end."""
+        """Take the steps that are left; False where somebody asked to stop before the end, or a host goes."""
         if self.monitor and self.step == 0:
             self.monitor.text("config", config.dump(self.cfg))
         try:
@@ -164,13 +164,13 @@ class Training:
         """Log, evaluate and checkpoint when it is time; whether to stop before the end."""
         last = self.step == self.plan.total_steps
         due = self.cfg.eval.every and self.step % (self.cfg.eval.every * self.plan.steps_per_epoch) == 0
-        stop = preempted = False
+        stop = False
         if self._is_logged(self.step):
-            stop = self._log() and not last
-            preempted = self.context.preempted()
+            stop = self._log()
+            stop = not last and (stop or self.context.preempted())
         if self.probe and (due or last):
             self._probe()
-        if due or last or stop or preempted or self.step % self.cfg.checkpoint.every == 0:
+        if due or last or stop or self.step % self.cfg.checkpoint.every == 0:
             self._checkpoint()
         return stop
 

@@ -9,12 +9,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray import train
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -44,7 +46,8 @@ class RayContext(Context):
         # Where the driver sees the run folder, it needs no telling.
         self._told = run.run_url is not None and home != ray.get_runtime_context().get_node_id()
         self._eval_cpus = run.machine.eval_cpus
-        self._saved = False  # since a node of the workers began to drain
+        self._draining = False  # a node of the workers
+        self._written: Future[Path] = Future()  # the checkpoint committed last
         self._storage = train.get_context().get_storage()
         self._evaluations: dict[Any, int] = {}  # what Ray will give -> the step it is of
         self._gauges = Gauges(run.run_name, run.method.name)
@@ -53,21 +56,25 @@ class RayContext(Context):
         if self.rank != 0:
             train.report(dict(metrics))
             return
+        self._written = written = Future()
         # Ray calls `write` in a background thread instead of copying the folder it is given, which is empty.
         train.report(
             dict(metrics),
             checkpoint=train.Checkpoint(tempfile.mkdtemp(prefix="distssl-")),
             checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=lambda _checkpoint, _name: self._written(write),
+            checkpoint_upload_fn=lambda _checkpoint, _name: self._write(write, written),
             delete_local_checkpoint_after_upload=True,
         )
 
-    def _written(self, write: Callable[[], Path]) -> train.Checkpoint:
+    def _write(self, write: Callable[[], Path], written: Future[Path]) -> train.Checkpoint:
         try:
             path = write()
-        except ConfigError as error:
-            _tell(self._desk, self.rank, error)
+        except Exception as error:
+            written.set_exception(error)
+            if isinstance(error, ConfigError):
+                _tell(self._desk, self.rank, error)
             raise
+        written.set_result(path)
         if self.mirror is None:
             return train.Checkpoint(str(path))
         assert self._storage
@@ -78,10 +85,17 @@ class RayContext(Context):
         return super().stop_requested() or ray.get(self._desk.stop_asked.remote())
 
     def preempted(self) -> bool:
-        if self._saved or not place.on_cluster() or train.get_preemption_info() is None:
-            return False
-        self._saved = True
-        return True
+        self._draining = place.on_cluster() and train.get_preemption_info() is not None
+        return self._draining
+
+    def hand_over(self) -> None:
+        """Where a host is about to be taken away: raise what has Ray start the workers again without it."""
+        if self._draining:
+            if self.rank == 0:
+                self._written.result()
+                log.info("a host of the workers is about to be taken away: a checkpoint is saved, going on without it")
+            logging.disable(logging.ERROR)  # Ray would show it with a traceback
+            raise RayActorError(error_msg="a host of the workers is taken away", preempted=True)
 
     def beside(self, evaluate: Callable[[], dict[str, float]], step: int) -> bool:
         if self._eval_cpus is None:
@@ -129,6 +143,7 @@ def _work(given: dict[str, Any]) -> None:
     with RayContext(run, the_desk, given["home"]) as context:
         try:
             finished = given["work"](run, context, given["folders"] or job.folders(run))
+            context.hand_over()
         except (ConfigError, RunError) as error:
             _tell(the_desk, context.rank, error)
             if not _all_told(the_desk, context.world_size):

@@ -1,7 +1,7 @@
 """Runs on each spot host beside Ray, by itself: when the cloud says it takes the host away, has Ray drain the node.
 
-Ray Train then asks the workers for a checkpoint, and starts them again elsewhere once the host is gone. The notice is
-read from AWS's instance metadata (version 2, with a session token), which has it two minutes ahead:
+The workers of a run then save a checkpoint and are started again without it, while its replacement is on its way. The
+notice is read from AWS's instance metadata (version 2, with a session token), which has it two minutes ahead:
 https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html. The file is copied to hosts
 and must need nothing but Python and Ray's command.
 """

@@ -50,13 +50,13 @@ def told() -> Iterator[None]:
 
 
 def _tell(done: threading.Event) -> None:
-    said, said_at = None, 0.0
+    waited, said, said_at = False, None, 0.0
     while not done.wait(POLL_S):
         line = _line()
-        if line and (line != said or time.monotonic() - said_at > REPEAT_S):
+        if line and waited and (line != said or time.monotonic() - said_at > REPEAT_S):
             log.info("%s", line)
-            said_at = time.monotonic()
-        said = line
+            said, said_at = line, time.monotonic()
+        waited = line is not None  # for longer than workers take to change
 
 
 def _line() -> str | None:
