@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -140,9 +141,8 @@ def test_tensorboard_follows_a_run_on_s3_that_is_not_done(tmp_path: Path) -> Non
     with ExitStack() as stack:
         record = stack.enter_context(closing(monitor.Monitor(tmp_path / "demo", 0)))
         s3 = stack.enter_context(serving("moto_server", log=tmp_path / "s3.log", environ=os.environ | keys))
-        session = boto3.Session("test", "test", region_name="us-east-1")
-        bucket = session.resource("s3", endpoint_url=s3).Bucket("team")
-        bucket.create()
+        store: Any = boto3.Session("test", "test", region_name="us-east-1").client("s3", endpoint_url=s3)
+        store.create_bucket(Bucket="team")
         environ = os.environ | keys | {"AWS_ENDPOINT_URL": s3}
         log = tmp_path / "tensorboard.log"
         options = ("--logdir=s3://team/runs", "--reload_interval=1")
@@ -155,7 +155,7 @@ def test_tensorboard_follows_a_run_on_s3_that_is_not_done(tmp_path: Path) -> Non
             while events.stat().st_size == size:  # of a thread of TensorBoard's, which is not flushed
                 assert time.monotonic() < until, "nothing came to the disk"
                 time.sleep(0.01)
-            bucket.upload_file(str(events), f"runs/demo/{events.name}")
+            store.upload_file(str(events), "team", f"runs/demo/{events.name}")
             while scalars(board) != list(enumerate(losses[:step], 1)):
                 assert time.monotonic() < until, log.read_text()
                 time.sleep(0.3)
