@@ -18,7 +18,7 @@ from rich.console import Console
 from stopwatch import Clock
 from torch import nn
 
-from distssl import config, job, method, monitor, progress
+from distssl import config, job, method, monitor, progress, run_folder
 from distssl.config import Run
 from distssl.context import Context
 from distssl.nn import backbones, optim
@@ -100,7 +100,7 @@ def pretrained(name: str, settings: Settings, photos: Photos, out: Path, seed: i
         with Context(run.run_dir) as context:
             job.pretrain(run, context, ready)
     steps = monitor.read_jsonl(run.run_dir / monitor.METRICS)[-1]["step"]
-    backbone = placed(job.trained(run, run.run_dir).evaluated())
+    backbone = placed(run_folder.trained(run, run.run_dir).evaluated())
     return Trained.timed(backbone, steps, clock, run.run_dir / "times.json", interrupted)
 
 

@@ -29,7 +29,7 @@ import provenance
 import torch
 from contestants import Settings
 
-from distssl import config, job, monitor, page, svg
+from distssl import config, job, monitor, page, run_folder, svg
 from distssl.context import Context
 from distssl.data import indexing, shards
 from distssl.nn import precision
@@ -86,7 +86,7 @@ def run_cell(settings: Settings, prepared: photos.Photos, packed: Path, out: Pat
     )
     with Context(run.run_dir) as context:
         job.pretrain(run, context, job.prepare(run, 1))
-    backbone = contestants.placed(job.trained(run, run.run_dir).evaluated())
+    backbone = contestants.placed(run_folder.trained(run, run.run_dir).evaluated())
     rows = photos.probe(backbone, prepared, Context(out), settings.threads, precision.resolve("auto", "cpu"))
     logged = [row for row in monitor.read_jsonl(run.run_dir / monitor.METRICS) if "clusters/nmi_labels" in row]
     epochs = [{name: row[f"clusters/{name}"] for name in FIGURES if f"clusters/{name}" in row} for row in logged]

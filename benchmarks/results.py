@@ -21,7 +21,7 @@ import photos
 import provenance
 from contestants import Settings
 
-from distssl import config, job, method, report
+from distssl import config, job, method, report, run_folder
 from distssl.context import Context
 from distssl.downstream.rows import BACKBONES, Row, read_summary, write_summary
 
@@ -75,7 +75,7 @@ def examine(
         f"eval.backbones={json.dumps(backbones)}",
         *exam.settings,
     ]
-    loaded = config.load(run.run_dir / job.CONFIG, changes, method.options)
+    loaded = config.load(run.run_dir / run_folder.CONFIG, changes, method.options)
     with Context(run.run_dir) as context:
         job.evaluate_run(loaded, context, exam.tasks)
     return [row for row in read_summary(run.run_dir) if row.data == Path(split.train).name and row.task in exam.tasks]

@@ -177,6 +177,7 @@ def _training(
     changed = run.model_copy(
         update={
             "data": run.data.model_copy(update=sizes),
+            "model": run.model.untrained,
             "train": run.train.model_copy(update={"accumulate": 1, "micro_batch": micro_batch, "epochs": MANY_EPOCHS}),
         }
     )

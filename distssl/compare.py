@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distssl import config, job, monitor, report
+from distssl import config, monitor, report, run_folder
 from distssl.config import Run
 from distssl.downstream import pictures, rows
 from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, Row
@@ -111,9 +111,11 @@ class Comparison:
 def collect(folders: Sequence[Path]) -> Comparison:
     """Read run folders. Raises ConfigError for folders that are none, and where no run has been evaluated."""
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    missing = [folder for folder in folders if not (folder / job.CONFIG).is_file()]
+    missing = [folder for folder in folders if not (folder / run_folder.CONFIG).is_file()]
     if missing:
-        raise ConfigError(*(f"{folder}: no run there; a run folder with {job.CONFIG} is right" for folder in missing))
+        raise ConfigError(
+            *(f"{folder}: no run there; a run folder with {run_folder.CONFIG} is right" for folder in missing)
+        )
     members = [_member(name, folder) for name, folder in zip(_names(folders), folders, strict=True)]
     if not any(member.rows for member in members):
         where = ", ".join(str(folder) for folder in folders)
@@ -127,9 +129,9 @@ def collect(folders: Sequence[Path]) -> Comparison:
 
 def _member(name: str, folder: Path) -> Member:
     try:
-        run = config.parse((folder / job.CONFIG).read_text())
+        run = config.parse((folder / run_folder.CONFIG).read_text())
     except ConfigError as error:
-        raise ConfigError(*(f"{folder / job.CONFIG}: {message}" for message in error.messages)) from None
+        raise ConfigError(*(f"{folder / run_folder.CONFIG}: {message}" for message in error.messages)) from None
     return Member(name, folder, run, rows.read_summary(folder), monitor.read_jsonl(folder / monitor.METRICS))
 
 
@@ -150,7 +152,7 @@ def _shared(members: list[Member], backbone: str) -> list[Line]:
     lines: list[Line] = []
     starts: list[tuple[config.Model, int]] = []
     for member in members:
-        cells, start = _cells(member, backbone), (member.run.model, member.run.seed)
+        cells, start = _cells(member, backbone), (member.run.model.untrained, member.run.seed)
         if not cells:
             continue
         for line, other in zip(lines, starts, strict=True):

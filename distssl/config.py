@@ -64,6 +64,17 @@ class Model(Section):
     stem: Literal["7x7_s2_pool", "3x3_s2", "3x3_s1"] = "7x7_s2_pool"
     sobel: bool = Field(default=False, description="the backbone sees two edge images instead of colours")
     options: dict[str, Any] = Field(default={}, description="more arguments of the backbone's constructor")
+    init: str | None = Field(
+        default=None, description="a run, or a safetensors file of `export`, to start from; null: random weights"
+    )
+    init_sha256: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="of the weights at init; null: whatever they are"
+    )
+
+    @property
+    def untrained(self) -> Model:
+        """The network alone."""
+        return self.model_copy(update={"init": None, "init_sha256": None})
 
 
 class Train(Section):
@@ -262,6 +273,7 @@ def science(run: Run) -> dict[str, Any]:
     tree = run.model_dump(mode="json", exclude={"name", "machine"})
     for free in ("log_every",):
         tree["train"].pop(free)
+    tree["model"].pop("init")  # its weights count, wherever they lie
     tree.pop("checkpoint")
     return dict(_flatten(tree))
 

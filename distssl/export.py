@@ -7,8 +7,6 @@ before it gets its name. So a file that is there gives the same features.
 from __future__ import annotations
 
 import importlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distssl import atomic, job, model_card
+from distssl import atomic, job, model_card, run_folder, weights
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
@@ -25,6 +23,7 @@ from distssl.downstream import features
 from distssl.errors import ConfigError, RunError
 from distssl.nn import backbones
 from distssl.nn.backbones import Backbone, Convolutional
+from distssl.weights import Weights
 
 FORMATS = {"torchvision": "pt", "timm": "pt", "safetensors": "safetensors", "onnx": "onnx"}
 NUM_IMAGES = 64
@@ -44,7 +43,7 @@ def export(
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: {', '.join(FORMATS)} are right")
-    trained, state = job.restored(run, run_dir)
+    trained, state = run_folder.restored(run, run_dir)
     backbone = trained.evaluated().float().eval()
     _refuse(run, backbone, form)
     dataset, images = _images(run, run_dir)
@@ -156,18 +155,7 @@ def _read_timm(run: Run, path: Path) -> Features:
 
 
 def _write_safetensors(run: Run, backbone: Backbone, images: Tensor, path: Path) -> None:
-    from safetensors import torch as safetensors
-
-    state = {name: value.detach().contiguous().clone() for name, value in backbone.state_dict().items()}
-    model = {key: json.dumps(value) for key, value in run.model.model_dump(mode="json").items()}
-    safetensors.save_file(state, path, metadata={"method": run.method.name, **model})
-    path.chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
-
-
-def _umask() -> int:
-    found = os.umask(0o077)
-    os.umask(found)
-    return found
+    weights.write(Weights.of(backbone, run.model), path, method=run.method.name)
 
 
 def _read_safetensors(run: Run, path: Path) -> Features:
@@ -176,13 +164,9 @@ def _read_safetensors(run: Run, path: Path) -> Features:
 
 def load(path: Path | str) -> Backbone:
     """The backbone in a file of the format safetensors, by what the file says alone, in evaluation mode."""
-    from safetensors import safe_open
-    from safetensors import torch as safetensors
-
-    with safe_open(path, "pt") as opened:
-        told = {key: json.loads(value) for key, value in opened.metadata().items() if key != "method"}
-    net = backbones.build(told["backbone"], told["stem"], told["sobel"], **told["options"])
-    net.load_state_dict(safetensors.load_file(path))
+    found = weights.read(path)
+    net = backbones.build(found.model.backbone, found.model.stem, found.model.sobel, **found.model.options)
+    net.load_state_dict(found.state)
     return net.eval()
 
 

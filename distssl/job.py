@@ -6,12 +6,10 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from distssl import atomic, checkpoint, collectives, config, method, mirror, mirrored, plan, train
+from distssl import atomic, collectives, config, method, mirror, mirrored, plan, run_folder, train, weights
 from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
@@ -21,8 +19,8 @@ from distssl.downstream import evaluate, fit, labels, pictures, rows
 from distssl.errors import ConfigError
 from distssl.mirror import Mirror
 from distssl.remote import Remote
-
-CONFIG = "config.yaml"
+from distssl.run_folder import CONFIG
+from distssl.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,10 @@ def prepare(run: Run, world_size: int) -> Folders:
     Raises ConfigError, with the run folder as it was, for a folder that holds another run and for a model, sources or
     sizes that cannot be used.
     """
-    _refuse_another(run)
-    built = method.build(run)
+    there = _config_there(run)
+    run, start = run_folder.start_of(run, there)
+    _refuse_another(run, there)
+    built = method.build(run, start)
     if run.data.labelled and not built.learns_from_labels:
         raise ConfigError(f"data.labelled={run.data.labelled}: {run.method.name} learns from no labels; leave it out")
     if run.train.micro_batch and built.learns_from_labels:
@@ -54,7 +54,8 @@ def prepare(run: Run, world_size: int) -> Folders:
     plan.of_run(run, Dataset.open(ready.data, run.machine), world_size)
     if ready.labelled:
         plan.of_labelled(run, Dataset.open(ready.labelled, run.machine), world_size)
-    _claim(run)
+    is_kept = there is not None and (run.run_dir / weights.KEPT).exists()
+    _claim(run, None if is_kept else start)
     return ready
 
 
@@ -68,36 +69,42 @@ def _check_labels(run: Run, ready: Folders) -> None:
                 labels.find(train, test, kind, "")
 
 
-def _refuse_another(run: Run) -> None:
-    where = run.run_url or run.run_dir
-    with _storage_named(run):
-        there = _config_there(run)
-    differs = config.differences(config.parse(there), run) if there is not None else []
+def _refuse_another(run: Run, there: Run | None) -> None:
+    differs = config.differences(there, run) if there else []
     if differs:
-        mistakes = (f"{where} holds another run: {line}" for line in differs)
+        mistakes = (f"{run.run_url or run.run_dir} holds another run: {line}" for line in differs)
         raise ConfigError(*mistakes, "say name=ANOTHER to start a new run beside it")
 
 
-def _config_there(run: Run) -> str | None:
+def _config_there(run: Run) -> Run | None:
     """The config that the run folder has. With a URL: also that it can be used, now and not after hours."""
     if run.run_url is None:
-        path = run.run_dir / CONFIG
-        return path.read_text() if path.exists() else None
-    there = Remote(run.run_url)
-    found = there.read(CONFIG)
-    there.check()
-    return None if found is None else found.decode()
+        with _storage_named(run):
+            path = run.run_dir / CONFIG
+            found = path.read_text() if path.exists() else None
+    else:
+        there = Remote(run.run_url)
+        data = there.read(CONFIG)
+        there.check()
+        found = None if data is None else data.decode()
+    return None if found is None else config.parse(found)
 
 
-def _claim(run: Run) -> None:
-    """Write the config into the run folder, and forget that somebody asked an earlier start of it to stop."""
+def _claim(run: Run, start: Weights | None) -> None:
+    """Write the config, and before it what the run starts from, into the run folder.
+
+    And forget that somebody asked an earlier start of it to stop.
+    """
     with _storage_named(run):
         run.run_dir.mkdir(parents=True, exist_ok=True)
+        if start:
+            start.keep(run.run_dir)
         with atomic.replacing(run.run_dir / CONFIG) as file:
             file.write_text(config.dump(run))
         stop_file(run.run_dir).unlink(missing_ok=True)
     if run.run_url:
-        Remote(run.run_url).put(CONFIG, run.run_dir / CONFIG)
+        for name in ([weights.KEPT] if start else []) + [CONFIG]:
+            Remote(run.run_url).put(name, run.run_dir / name)
 
 
 @contextmanager
@@ -131,7 +138,15 @@ def folders(run: Run, tasks: Sequence[str] | None = None) -> Folders:
 def pretrain(run: Run, context: Context, data: Folders) -> bool:
     """Train from where the run folder is, then evaluate; False where somebody asked to stop before the end."""
     with _mirrored(run, context):
-        return _pretrain(run, context, data)
+        return _pretrain(_as_claimed(run, context), context, data)
+
+
+def _as_claimed(run: Run, context: Context) -> Run:
+    """The run with the digest that `prepare` has found of the weights it starts from."""
+    if run.model.init is None:
+        return run
+    text = (context.run_dir / CONFIG).read_text() if context.rank == 0 else ""
+    return run_folder.starting_from(run, config.parse(collectives.broadcast_object(text)).model.init_sha256)
 
 
 @contextmanager
@@ -223,32 +238,7 @@ def _open_mirror(run: Run, context: Context) -> None:
 
 def _newest(run: Run, context: Context) -> method.Method:
     """The method as the run's newest checkpoint has it, the same on every rank. Every rank calls it."""
-    return _restored(run, run.run_url or context.run_dir, mirrored.newest(context, context.run_dir))
-
-
-def trained(run: Run, run_dir: Path) -> method.Method:
-    """The method as the newest checkpoint in a run folder has it. Raises ConfigError where there is none."""
-    return restored(run, run_dir)[0]
-
-
-def restored(run: Run, run_dir: Path) -> tuple[method.Method, dict[str, Any]]:
-    """`trained`, and the checkpoint's state."""
-    state = checkpoint.newest(run_dir)
-    built = _restored(run, run_dir, state)
-    assert state is not None
-    return built, state
-
-
-def _restored(run: Run, where: Path | str, state: dict[str, Any] | None) -> method.Method:
-    if state is None:
-        raise ConfigError(f"{where}: no checkpoint yet")
-    changed = config.differences(config.parse(state["config"]), run)
-    wrong = [line for line in changed if line.startswith(("model.", "method."))]
-    if wrong:
-        raise ConfigError(*(f"{where}: {line}; the checkpoint's is right" for line in wrong))
-    built = method.build(run)
-    built.load_state_dict(state["model"])
-    return built
+    return run_folder.at(mirrored.newest(context, context.run_dir), run, run.run_url or context.run_dir)
 
 
 def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | None:

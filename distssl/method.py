@@ -14,12 +14,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from distssl import methods
+from distssl import methods, weights
 from distssl.config import Run
 from distssl.errors import ConfigError
 from distssl.nn import backbones, optim
 from distssl.nn.micro_batches import MicroBatches
 from distssl.nn.per_sample import Embedded
+from distssl.weights import Weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -168,12 +169,17 @@ def options(name: str) -> type[Options]:
     return find(name).Config
 
 
-def build(run: Run) -> Method:
-    """The untrained method of a run: the same parameters wherever it is built."""
+def build(run: Run, start: Weights | None = None) -> Method:
+    """The untrained method of a run: the same parameters wherever it is built. start: the backbone's, if not random.
+
+    Raises ConfigError where those are of another network.
+    """
     chosen = find(run.method.name)
 
     def untrained() -> Method:
         backbone = backbones.build(run.model.backbone, run.model.stem, run.model.sobel, **run.model.options)
+        if start:
+            weights.load(start, backbone, run.model)  # here, for teachers are copies
         return chosen(chosen.Config(**run.method.options), backbone)
 
     return seeded(run.seed, untrained)

@@ -43,6 +43,13 @@ def newest(context: Context, run_dir: Path) -> dict[str, Any] | None:
     return state
 
 
+def pull_newest(mirror: Mirror, run_dir: Path) -> None:
+    """Have the newest whole checkpoint at the URL in a copy of the run folder, for a process that no rank waits for."""
+    atomic.make_folder(checkpoint.folder(run_dir))
+    with atomic.locked(checkpoint.folder(run_dir)):
+        _newest_there(mirror, run_dir)
+
+
 def commit(
     run_dir: Path,
     mirror: Mirror | None,

@@ -86,6 +86,7 @@ def text(
         f"- method: {run.method.name}; link: {_link(told)}",
         f"- backbone: {run.model.backbone}, stem {run.model.stem}, options {run.model.options or 'none'}"
         + (", behind a Sobel filter" if run.model.sobel else ""),
+        f"- started from: {_start(run)}",
         f"- data: {run.data.source}, {f'{dataset.num_samples} images' if same else 'other images now'}, "
         f"fingerprint {state['dataset']}",
         f"- training: {state['step']} steps of {run.data.global_batch * run.train.accumulate} images{epochs} of "
@@ -112,6 +113,11 @@ def text(
             for row in rows
         ]
     return "\n".join(lines) + "\n"
+
+
+def _start(run: Run) -> str:
+    model = run.model
+    return f"{model.init}, weights of sha256 {model.init_sha256}" if model.init else "random weights"
 
 
 def _link(text: str) -> str:

@@ -85,7 +85,8 @@ class Monitor:
             )
             for view in views
         ]
-        rows = [image for sample in zip(*shown, strict=True) for image in sample]
+        # Of a second stream there may be fewer.
+        rows = [image for sample in zip(*shown, strict=False) for image in sample]
         self._writer.add_image(name, make_grid(rows, nrow=len(views), pad_value=1), step)
 
     def ledger(self, step: int, epoch: int, ids: list[int]) -> None:

@@ -1,4 +1,6 @@
-"""A run folder that is there already, at a path or a URL: its config, and what of it is needed on this machine."""
+"""A run folder that is there already, at a path or a URL: its config, its method as trained, and what of it is needed
+on this machine.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from distssl import atomic, config, job, method, mirror, mirrored, stores
+from distssl import atomic, checkpoint, config, method, mirror, mirrored, stores, weights
 from distssl.config import Machine, Run
-from distssl.context import Context
 from distssl.downstream import rows
 from distssl.errors import ConfigError
 from distssl.mirror import Mirror
+from distssl.nn.backbones import Backbone
+from distssl.weights import Weights
 
+CONFIG = "config.yaml"
 COPIES = "copies"  # in the cache: apart from the working copies of runs that train
 
 
@@ -34,10 +39,10 @@ def find(place: str | Path, overrides: Sequence[str] = ()) -> Found:
     if stores.is_url(place):
         return _find_there(place, overrides)
     folder = Path(place).expanduser().resolve()
-    _require(place, (folder / job.CONFIG).exists())
+    _require(place, (folder / CONFIG).exists())
     # Where it lies now: it may have been moved, or taken from a URL by hand.
     own = f"machine.storage={json.dumps(str(folder.parent))}"
-    run = config.load(folder / job.CONFIG, [own, *overrides], method.options)
+    run = config.load(folder / CONFIG, [own, *overrides], method.options)
     return Found(place, folder, run)
 
 
@@ -51,17 +56,17 @@ def _find_there(place: str, overrides: Sequence[str]) -> Found:
     folder = mirror.working_copy(storage, name, cache / COPIES)
     atomic.make_folder(folder)
     with atomic.locked(folder):  # the ranks of a node come at the same time
-        (folder / job.CONFIG).unlink(missing_ok=True)
-        Mirror(folder, place).pull_file(job.CONFIG)
-        _require(place, (folder / job.CONFIG).exists())
+        (folder / CONFIG).unlink(missing_ok=True)
+        Mirror(folder, place).pull_file(CONFIG)
+        _require(place, (folder / CONFIG).exists())
         here = {"machine.storage": storage, "name": name, "machine.cache": str(cache)}
         own = [f"{key}={json.dumps(value)}" for key, value in here.items()]
-        return Found(place, folder, config.load(folder / job.CONFIG, [*own, *overrides], method.options))
+        return Found(place, folder, config.load(folder / CONFIG, [*own, *overrides], method.options))
 
 
 def _require(place: str, is_there: bool) -> None:
     if not is_there:
-        raise ConfigError(f"{place}: no run there; a run folder with {job.CONFIG} is right")
+        raise ConfigError(f"{place}: no run there; a run folder with {CONFIG} is right")
 
 
 def _cache(overrides: Sequence[str]) -> Path:
@@ -97,12 +102,82 @@ def _mirror(found: Found) -> Mirror | None:
 def with_checkpoint(place: str | Path) -> Found:
     """A run with its newest whole checkpoint and its figures in the folder."""
     found = find(place)
-    with Context(found.folder) as context:
-        context.mirror = _mirror(found)
-        if context.mirror:
-            context.mirror.pull_file(rows.SUMMARY)
-            mirrored.newest(context, found.folder)
+    copy = _mirror(found)
+    if copy:
+        copy.pull_file(rows.SUMMARY)
+        mirrored.pull_newest(copy, found.folder)
     return found
+
+
+def trained(run: Run, run_dir: Path) -> method.Method:
+    """The method as the newest checkpoint in a run folder has it. Raises ConfigError where there is none."""
+    return restored(run, run_dir)[0]
+
+
+def restored(run: Run, run_dir: Path) -> tuple[method.Method, dict[str, Any]]:
+    """`trained`, and the checkpoint's state."""
+    state = checkpoint.newest(run_dir)
+    built = at(state, run, run_dir)
+    assert state is not None
+    return built, state
+
+
+def at(state: dict[str, Any] | None, run: Run, where: Path | str) -> method.Method:
+    """The method as a checkpoint of the run at `where` has it. Raises ConfigError where there is none."""
+    if state is None:
+        raise ConfigError(f"{where}: no checkpoint yet")
+    there = config.parse(state["config"])
+    changed = config.differences(there, starting_from(run, there.model.init_sha256))  # what it started from is past
+    wrong = [line for line in changed if line.startswith(("model.", "method."))]
+    if wrong:
+        raise ConfigError(*(f"{where}: {line}; the checkpoint's is right" for line in wrong))
+    built = method.build(run)
+    built.load_state_dict(state["model"])
+    return built
+
+
+def weights_at(place: str) -> Weights:
+    """The backbone of a run's newest checkpoint, or in a file of the format safetensors.
+
+    Raises ConfigError where there is none. No rank waits for another.
+    """
+    if not stores.is_url(place):
+        path = Path(place).expanduser()
+        if not path.exists():
+            raise ConfigError(f"{place}: not there; a run folder or a file of `export --format safetensors` is right")
+        if path.is_file():
+            return weights.read(path)
+    found = with_checkpoint(place)
+    backbone = trained(found.run, found.folder).evaluated()
+    while isinstance(backbone.net, Backbone):  # behind something that only its method needs
+        backbone = backbone.net
+    return Weights.of(backbone, found.run.model)
+
+
+def start_of(run: Run, there: Run | None) -> tuple[Run, Weights | None]:
+    """The run with the digest of the weights it starts from, and those; None: random ones, or only the folder has them.
+
+    Raises ConfigError where the weights are not there, or not those that the config wants.
+    """
+    wanted, init = run.model.init_sha256, run.model.init
+    if init is None:
+        if wanted:
+            raise ConfigError(f"model.init_sha256={wanted}: says which weights model.init must have; name those too")
+        return run, None
+    try:
+        start = weights_at(init)
+    except ConfigError as error:
+        if there is None or there.model.init != init:
+            raise ConfigError(*(f"model.init: {message}" for message in error.messages)) from None
+        return starting_from(run, wanted or there.model.init_sha256), None
+    if wanted not in (None, start.sha256):
+        raise ConfigError(f"model.init_sha256={wanted}: the weights at model.init={init} have {start.sha256}")
+    return starting_from(run, start.sha256), start
+
+
+def starting_from(run: Run, sha256: str | None) -> Run:
+    """The run whose weights at model.init have this digest."""
+    return run.model_copy(update={"model": run.model.model_copy(update={"init_sha256": sha256})})
 
 
 def give_back(found: Found, folder: Path) -> None:

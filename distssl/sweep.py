@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from distssl import atomic, config, job, mirror, run_folder, settings, stores
+from distssl import atomic, config, mirror, run_folder, settings, stores
 from distssl.config import Machine, Run, Section, TaskName
 from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, METRICS
 from distssl.errors import ConfigError
@@ -149,7 +149,10 @@ class Trial(Section):
 
     def command(self, task: str) -> str:
         """The command line that does the same again."""
-        own, ours = config.science(config.parse((self.folder / job.CONFIG).read_text())), config.science(self.run)
+        own, ours = (
+            config.science(config.parse((self.folder / run_folder.CONFIG).read_text())),
+            config.science(self.run),
+        )
         changed = {key: value for key, value in ours.items() if value != own.get(key)}
         keys = " ".join(f"'{key}={json.dumps(value)}'" for key, value in changed.items())
         return f"python launch.py evaluate {self.place} --task {task} {keys}"

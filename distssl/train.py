@@ -23,6 +23,7 @@ from distssl.data import quarantine
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
 from distssl.nn import backbones, diagnostics, norm, optim, precision
+from distssl.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ class Training:
         self.quarantine = quarantine.Quarantine()
         self.dtype = precision.resolve(run.train.precision, context.device)
         precision.speed_up_float32_matmul()
-        self.method = norm.placed(method.build(run), context.device, self.dtype)
+        state = mirrored.newest(context, context.run_dir)
+        start = None if state else Weights.kept(run.model, context)
+        self.method = norm.placed(method.build(run, start), context.device, self.dtype)
         if self.plan.micro_batches:
             self.method.take_parts(self.plan.micro_batches)
         self.optimizer = optim.build(
@@ -71,7 +74,8 @@ class Training:
         self.step = 0  # optimiser steps done
         self.metrics: dict[str, float] = {}  # the latest of each
         self.news: dict[str, float] = {}  # of the epoch's start; logged after its first step
-        self._resume(mirrored.newest(context, context.run_dir))
+        if state is not None:
+            self._resume(state)
         self.model: torch.nn.Module = self.method
         if context.world_size > 1:
             # BatchNorm's statistics are global already, so there are no buffers to broadcast.
@@ -273,9 +277,7 @@ class Training:
             }
         )
 
-    def _resume(self, state: Mapping[str, Any] | None) -> None:
-        if state is None:
-            return
+    def _resume(self, state: Mapping[str, Any]) -> None:
         differs = config.differences(config.parse(state["config"]), self.cfg)
         if state["dataset"] != self.dataset.fingerprint:
             differs.append(f"data.source: dataset {state['dataset'][:12]} there, {self.dataset.fingerprint[:12]} here")

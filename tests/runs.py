@@ -74,6 +74,14 @@ def tiny(source: Path, storage: Path, *overrides: str) -> Run:
     return config.load(None, [*settings(overrides), *places, *overrides], method.options)
 
 
+def command_line(source: Path, storage: Path, *overrides: str) -> list[str]:
+    """What makes launch.py do a run as `tiny` has it, with a config file beside `storage`."""
+    file = storage.parent / "nothing.yaml"
+    file.write_text("{}\n")
+    places = [f"data.source={source}", f"machine.storage={storage}", f"machine.cache={storage / 'cache'}"]
+    return ["pretrain", "--config", str(file), *settings(overrides), *places, *overrides]
+
+
 def settings(overrides: Sequence[str] = ()) -> list[str]:
     """TINY with the small options of the method that `overrides` name, else of SimCLR."""
     named = [override.partition("=")[2] for override in overrides if override.startswith("method.name=")]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from distssl import checkpoint, export, job, model_card
+from distssl import checkpoint, export, model_card, run_folder
 from distssl.config import Run
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
@@ -64,7 +64,7 @@ def test_an_exported_backbone_gives_the_same_features(
     told_to_run: dict[str, Any] = {"images": images.numpy() if form == "onnx" else images}
     monkeypatch.chdir(done.file.parent)
     exec(re.findall("```python\n(.*?)```", card, re.DOTALL)[0], told_to_run)
-    ours = job.trained(run, run.run_dir).evaluated().eval()(images)
+    ours = run_folder.trained(run, run.run_dir).evaluated().eval()(images)
     theirs = torch.as_tensor(told_to_run["features"])
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max()
 
@@ -121,7 +121,7 @@ def test_without_a_checkpoint_there_is_nothing_to_export(packed: Path, tmp_path:
     run = runs.tiny(packed, tmp_path)
     with pytest.raises(ConfigError, match="no checkpoint yet"):
         export.export(run, run.run_dir, "safetensors")
-    assert job.CONFIG == "config.yaml"
+    assert run_folder.CONFIG == "config.yaml"
 
 
 def test_without_onnxruntime_it_says_what_to_install(

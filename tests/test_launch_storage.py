@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from distssl import checkpoint, config, job, mirror, monitor, sweep
+from distssl import checkpoint, config, job, mirror, monitor, run_folder, sweep
 from distssl.config import Run
 from distssl.context import Context
 from distssl.downstream.rows import read_summary
@@ -102,8 +102,22 @@ def test_the_tree_at_the_store_is_that_of_a_local_run(packed: Path, local: Path,
     run = tiny(packed, tmp_path / "cache", bucket)
     pretrain_here(run)
     check_same(fetched(bucket, tmp_path / "there"), local)
-    assert config.differences(config.parse((tmp_path / "there" / job.CONFIG).read_text()), run) == []
+    assert config.differences(config.parse((tmp_path / "there" / run_folder.CONFIG).read_text()), run) == []
     assert run.run_dir.is_relative_to(tmp_path / "cache")
+
+
+def test_a_run_in_a_bucket_starts_from_another_there(packed: Path, local: Path, bucket: str, tmp_path: Path) -> None:
+    """On a host that has neither run's folder; learning so little that what it began with is seen at its end."""
+    pretrain_here(tiny(packed, tmp_path / "cache", bucket))
+    still = ["train.lr=1e-12", "train.weight_decay=0", f"model.init={bucket}/runs/demo", "name=from_demo"]
+    run = tiny(packed, tmp_path / "another", bucket, *still)
+    pretrain_here(run)
+    found = parameters(run.run_dir)
+    for name, value in parameters(local).items():
+        if name.startswith("backbone.") and "running" not in name:
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)  # it was kept in float32
+    shutil.rmtree(tmp_path / "another")  # and a finished run is one on any host
+    pretrain_here(run)
 
 
 def test_a_store_that_fails_now_and_then_changes_nothing(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distssl import checkpoint, job, method, monitor, train
+from distssl import checkpoint, job, method, monitor, run_folder, train
 from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
@@ -138,10 +138,10 @@ def test_a_run_folder_of_another_config_or_other_data_is_refused(packed: Path, t
     run = runs.tiny(packed, tmp_path, "name=one", "train.epochs=1")
     job.prepare(run, 1)
     train_here(run, stop_at=2)
-    before = (run.run_dir / job.CONFIG).read_bytes()
+    before = (run.run_dir / run_folder.CONFIG).read_bytes()
     with pytest.raises(ConfigError, match=r"train\.lr: 0\.05 there, 0\.1 here"):
         job.prepare(runs.tiny(packed, tmp_path, "name=one", "train.epochs=1", "train.lr=0.1"), 1)
-    assert (run.run_dir / job.CONFIG).read_bytes() == before
+    assert (run.run_dir / run_folder.CONFIG).read_bytes() == before
     job.prepare(runs.tiny(packed, tmp_path, "name=one", "train.epochs=1", "machine.threads=2"), 1)
     others = shards.pack(str(runs.photos(tmp_path / "others", seed=1)), tmp_path / "others_packed")
     with Context(run.run_dir) as context, pytest.raises(ConfigError, match="holds another run"):

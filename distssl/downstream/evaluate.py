@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distssl import collectives, config, method
+from distssl import collectives, config, method, weights
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
@@ -213,7 +213,7 @@ class Evaluation:
         recipe = self._recipe(task, name)
         ids = self._few(data, kind(task), how_many, seed)
         facts = [task, name, seed, recipe, data.train.fingerprint, data.test.fingerprint, self.cfg.num_classes]
-        facts += [ids.tolist(), data.test_ids.tolist(), features.parameters_digest(self._start(name, seed))]
+        facts += [ids.tolist(), data.test_ids.tolist(), weights.digest(self._start(name, seed).state_dict())]
         facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels]
         digest = hashlib.sha256(json.dumps(facts, default=dataclasses.asdict).encode()).hexdigest()[:12]
         title = f"{task} on {len(ids)} of {self.name}, {name} backbone, seed {seed}"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distssl import atomic, collectives, method
+from distssl import atomic, collectives, method, weights
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import augment
@@ -185,17 +185,8 @@ def _free_memory() -> int:
 def _fingerprint(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction) -> str:
     digest = hashlib.sha256(f"{dataset.fingerprint} {how.size_px} {how.crop} {how.dtype} {how.max_pixels}".encode())
     digest.update(np.ascontiguousarray(ids).tobytes())
-    digest.update(parameters_digest(backbone).encode())
+    digest.update(weights.digest(backbone.state_dict()).encode())
     return digest.hexdigest()[:16]
-
-
-def parameters_digest(module: torch.nn.Module) -> str:
-    """What changes with any parameter or buffer."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def share(

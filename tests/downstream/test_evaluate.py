@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distssl import job, method
+from distssl import job, method, run_folder
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
@@ -65,7 +65,9 @@ def test_every_task_that_the_labels_allow_gives_rows_of_three_backbones(ranks, p
 def evaluated_elsewhere(run: Run, storage: Path) -> list[Row]:
     """Of the same checkpoint, with a run folder of its own: nothing that another evaluation has kept is used."""
     with Context(run.run_dir) as context:
-        judge = Evaluation(run, context, Dataset.open(Path(run.data.source)), None, job.trained(run, run.run_dir))
+        judge = Evaluation(
+            run, context, Dataset.open(Path(run.data.source)), None, run_folder.trained(run, run.run_dir)
+        )
         storage.mkdir(exist_ok=True)
         context.run_dir = storage
         return [row for rows in judge.rows(judge.possible(), ["pretrained"]) for row in rows]
