@@ -5,6 +5,8 @@ The run folder cannot serve for this: on a cluster each host has its own copy.
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import ray
@@ -13,6 +15,7 @@ from distssl.errors import ConfigError, RunError
 from distssl.on_ray import place
 
 NAMESPACE = "distssl"
+GRACE_S = 10  # between the first worker that tells of a mistake and the last, where all of them met it
 
 
 class Desk:
@@ -73,8 +76,23 @@ def find(run_name: str) -> Any | None:
         return None
 
 
-def outcome_of(told: bool | ConfigError | RunError) -> dict[str, Any]:
-    """Plain data for `tell`: whether the job is finished, or why it cannot be."""
+def tell(the_desk: Any, rank: int, outcome: bool | ConfigError | RunError) -> None:
+    """Leave for the driver whether a worker's job is finished, or why it cannot be."""
+    if not isinstance(outcome, bool):
+        logging.disable(logging.ERROR)  # the driver says it in one line, Ray would with a traceback
+    ray.get(the_desk.tell.remote(rank, _outcome_of(outcome)))
+
+
+def all_told(the_desk: Any, world_size: int) -> bool:
+    """Whether every worker has told of an outcome, or does within GRACE_S."""
+    deadline = time.monotonic() + GRACE_S
+    while (some := len(ray.get(the_desk.outcomes.remote())) < world_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not some
+
+
+def _outcome_of(told: bool | ConfigError | RunError) -> dict[str, Any]:
+    """Plain data: whether the job is finished, or why it cannot be."""
     if isinstance(told, ConfigError):
         return {"wrong_input": list(told.messages)}
     if isinstance(told, RunError):

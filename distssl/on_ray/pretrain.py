@@ -7,7 +7,6 @@ import json
 import logging
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,7 +33,6 @@ Work = Callable[[Run, Context, job.Folders], bool]  # whether it is finished
 
 MOST_FAILURES = 5  # of workers in one run; preemptions are not counted by Ray
 NOTED_EVERY_S = 1.0
-GRACE_S = 10  # between the first worker that tells of a mistake and the last, where all of them met it
 
 
 class RayContext(Context):
@@ -72,7 +70,7 @@ class RayContext(Context):
         except Exception as error:
             written.set_exception(error)
             if isinstance(error, ConfigError):
-                _tell(self._desk, self.rank, error)
+                desk.tell(self._desk, self.rank, error)
             raise
         written.set_result(path)
         if self.mirror is None:
@@ -145,26 +143,12 @@ def _work(given: dict[str, Any]) -> None:
             finished = given["work"](run, context, given["folders"] or job.folders(run))
             context.hand_over()
         except (ConfigError, RunError) as error:
-            _tell(the_desk, context.rank, error)
-            if not _all_told(the_desk, context.world_size):
+            desk.tell(the_desk, context.rank, error)
+            if not desk.all_told(the_desk, context.world_size):
                 raise  # the others wait for this one in a collective: a restart ends them, and goes no further
             return
     if context.rank == 0:
-        _tell(the_desk, 0, finished)
-
-
-def _tell(the_desk: Any, rank: int, outcome: bool | ConfigError | RunError) -> None:
-    """Leave for the driver whether the job is finished, or why it cannot be."""
-    if not isinstance(outcome, bool):
-        logging.disable(logging.ERROR)  # the driver says it in one line, Ray would with a traceback
-    ray.get(the_desk.tell.remote(rank, desk.outcome_of(outcome)))
-
-
-def _all_told(the_desk: Any, world_size: int) -> bool:
-    deadline = time.monotonic() + GRACE_S
-    while (some := len(ray.get(the_desk.outcomes.remote())) < world_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not some
+        desk.tell(the_desk, 0, finished)
 
 
 class _Trainer(TorchTrainer):

@@ -14,6 +14,7 @@ import optuna
 import ray
 from ray import train, tune
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -23,7 +24,7 @@ from ray.tune.search.optuna import OptunaSearch
 from distssl import job, sweep
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import network, place, waiting
+from distssl.on_ray import desk, network, place, waiting
 from distssl.on_ray.pretrain import last_line
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
@@ -176,9 +177,10 @@ def _trial(
     os.environ |= place.ENVIRONMENT | {"RAY_ADDRESS": address}
     os.chdir(folder)  # the user's paths count from there, and Ray starts processes elsewhere
     chosen = sweep.trial(swept, {names[key]: value for key, value in point.items()})
+    the_desk = place.beside_driver(desk.Desk)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"sweep": swept, "trial": chosen, "folder": folder},
+        train_loop_config={"sweep": swept, "trial": chosen, "folder": folder, "desk": the_desk},
         **network.layout(swept.workers, share),
         run_config=train.RunConfig(
             name=f"trial_{tune.get_context().get_trial_id()}",
@@ -188,12 +190,23 @@ def _trial(
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError:
+        if not ray.get(the_desk.outcomes.remote()):
+            raise  # its workers kept dying: Tune tries the trial again
+    try:
+        desk.result(ray.get(the_desk.outcomes.remote()))
+    except (ConfigError, RunError) as error:
+        tune.report({swept.metric: math.nan, "error": str(error)})
 
 
 def _work(given: dict[str, Any]) -> None:
-    """One worker of a trial; what it reports last is the trial's result."""
+    """One worker of a trial; what it reports last is the trial's result. What a restart cannot mend is left for it."""
     os.chdir(given["folder"])
+    the_desk = given["desk"]
+    if ray.get(the_desk.outcomes.remote()):
+        return
     swept: Sweep = given["sweep"]
     chosen: Trial = given["trial"]
     logging.getLogger().setLevel(logging.WARNING)
@@ -208,7 +221,11 @@ def _work(given: dict[str, Any]) -> None:
         try:
             metrics = job.evaluate_once(chosen.run, context, swept.task, chosen.backbone, chosen.labels, report, every)
         except (ConfigError, RunError) as error:
-            train.report({swept.metric: math.nan, "error": str(error)})
+            desk.tell(the_desk, context.rank, error)
+            if not desk.all_told(the_desk, context.world_size):
+                raise  # the others wait for this one in a collective: a restart ends them, and goes no further
             return
     if not reported:
         train.report(metrics)
+    if context.rank == 0:
+        desk.tell(the_desk, 0, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from distssl import report, sweep
 from distssl.errors import ConfigError
 from distssl.on_ray.sweep import EarlierBatches
 from distssl.sweep import Halving, Outcome, Sweep
-from tests import processes, runs
+from tests import disks, processes, runs
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -71,19 +72,23 @@ def copied(run: Path, to: Path) -> Path:
     return to
 
 
-def test_a_killed_sweep_ends_as_one_that_was_not(pretrained: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(5400)
+@pytest.mark.parametrize("num_trials", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_killed_sweep_ends_as_one_that_was_not(pretrained: Path, tmp_path: Path, num_trials: int) -> None:
     """kill -9 of the driver, and of a trial's worker after the start; the best again, by the command it prints."""
-    whole = written(tmp_path / "whole", copied(pretrained, tmp_path / "whole" / "run"))
-    said, _ = (process := start(whole)).communicate(timeout=300)
+    patience_s = 200 * num_trials
+    whole = written(tmp_path / "whole", copied(pretrained, tmp_path / "whole" / "run"), num_trials=num_trials)
+    said, _ = (process := start(whole)).communicate(timeout=patience_s)
     assert process.returncode == 0, said
     expected = outcomes(whole)
-    assert len(expected) == 3
+    assert len(expected) == num_trials
     assert {outcome["error"] for outcome in expected} == {None}
 
-    broken = written(tmp_path / "broken", copied(pretrained, tmp_path / "broken" / "run"))
+    broken = written(tmp_path / "broken", copied(pretrained, tmp_path / "broken" / "run"), num_trials=num_trials)
     fits = tmp_path / "broken" / "run" / "fits"
     first = start(broken)
-    wait_for(lambda: fits.exists() and any(fits.glob("*/checkpoints/step_*")))
+    wait_for(lambda: len(list(fits.glob("*/result.json"))) >= num_trials // 3 - 1, patience_s)
+    wait_for(lambda: any(begun(fit) for fit in fits.glob("*")), patience_s)
     left_behind = processes.below(first.pid)
     first.kill()
     first.communicate()
@@ -91,9 +96,9 @@ def test_a_killed_sweep_ends_as_one_that_was_not(pretrained: Path, tmp_path: Pat
         process.kill()
 
     second = start(broken)
-    worker = wait_for(lambda: next(iter(workers_of(second.pid)), None))
+    worker = wait_for(lambda: next(iter(workers_of(second.pid)), None), patience_s)
     worker.kill()
-    said, _ = second.communicate(timeout=300)
+    said, _ = second.communicate(timeout=patience_s)
     assert second.returncode == 0, said
     assert [plain(outcome, tmp_path) for outcome in outcomes(broken)] == [plain(o, tmp_path) for o in expected]
 
@@ -107,6 +112,26 @@ def test_a_killed_sweep_ends_as_one_that_was_not(pretrained: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "broken/run/summary.json").read_text())["rows"]
     assert best.value in [row["value"] for row in rows if row["metric"] == "accuracy"]
+
+
+def begun(fit: Path) -> bool:
+    """Whether a network is on its way: it has a checkpoint and no result."""
+    return any(fit.glob("checkpoints/step_*")) and not (fit / "result.json").exists()
+
+
+@pytest.mark.timeout(1200)
+def test_a_mistake_of_one_rank_fails_its_trial(pretrained: Path, tmp_path: Path) -> None:
+    """Rank 0 alone writes checkpoints, here onto a full disk, while rank 1 waits for it."""
+    with disks.small(tmp_path / "disk", megabytes=8) as disk:
+        run = copied(pretrained, disk / "run")
+        (disk / "full").write_bytes(bytes(shutil.disk_usage(disk).free - (64 << 10)))
+        file = written(tmp_path / "sweep", run, num_trials=1, parallel=1, workers=2)
+        said, _ = (process := start(file)).communicate(timeout=900)
+        assert process.returncode == 1, said
+        (outcome,) = outcomes(file)
+    assert "No space left on device" in outcome["error"]
+    assert "no trial ended well" in said
+    assert "Traceback" not in said
 
 
 def with_python() -> dict[str, str]:
