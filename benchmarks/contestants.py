@@ -59,8 +59,8 @@ class Trained:
         return cls(backbone, steps, *(json.loads(note.read_text()) if note.exists() else ()))
 
 
-def run_of(name: str, settings: Settings, photos: Photos, out: Path, seed: int) -> Run:
-    """A method's config: recipes' options, everything else the same for all."""
+def run_of(name: str, settings: Settings, photos: Photos, out: Path, seed: int, *more: str) -> Run:
+    """A method's config: recipes' options, everything else the same for all. more: key=value, over these."""
     labelled = method.find(name).learns_from_labels
     tree: dict[str, Any] = {
         "name": f"{name}_seed{seed}",
@@ -88,12 +88,16 @@ def run_of(name: str, settings: Settings, photos: Photos, out: Path, seed: int) 
             "cache": str(out / "cache"),
         },
     }
-    return config.load(None, [f"{key}={json.dumps(value)}" for key, value in tree.items()], method.options)
+    return config.load(None, [*(f"{key}={json.dumps(value)}" for key, value in tree.items()), *more], method.options)
 
 
 def pretrained(name: str, settings: Settings, photos: Photos, out: Path, seed: int) -> Trained:
     """The product's pretraining in this process, without Ray; goes on from its own checkpoint."""
-    run = run_of(name, settings, photos, out, seed)
+    return trained(run_of(name, settings, photos, out, seed))
+
+
+def trained(run: Run) -> Trained:
+    """A run of the product's, likewise."""
     interrupted = run.run_dir.exists()
     with progress.follow(run.run_dir, Console(force_terminal=False)), Clock() as clock:
         ready = job.prepare(run, 1)

@@ -21,19 +21,33 @@ from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.downstream import labels as label_sets
 from distssl.nn import optim, precision
+from distssl.nn.backbones import Backbone
 
 STEPS = {100: 200, 1000: 400, None: 600}  # by labels, whatever the pretraining takes
 BATCH = 128
 LR, WEIGHT_DECAY = 1e-3, 0.05
 
 
-def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: str, labels: int | None) -> float:
-    """Test accuracy of the backbone and a linear layer trained on labels alone, with the same crops and flips."""
+def accuracy(
+    settings: Settings,
+    photos: Photos,
+    out: Path,
+    seed: int,
+    *,
+    data: str,
+    labels: int | None,
+    ids: np.ndarray | None = None,
+) -> float:
+    """Test accuracy of the backbone and a linear layer trained on labels alone, with the same crops and flips.
+
+    ids: the labelled images, int64 ascending, where they are others than the probes get.
+    """
     precision.speed_up_float32_matmul()
     dtype = precision.resolve("auto", "cpu")
     dataset = Dataset.open(photos.splits[data].train)
-    ids = dataset.labelled_ids()
-    ids = ids if labels is None else label_sets.subset(ids, labels, seed)
+    if ids is None:
+        every = dataset.labelled_ids()
+        ids = every if labels is None else label_sets.subset(every, labels, seed)
     batch = min(BATCH, len(ids))
     steps = STEPS[labels]
     torch.manual_seed(seed)
@@ -60,6 +74,12 @@ def accuracy(settings: Settings, photos: Photos, out: Path, seed: int, *, data: 
         loss.backward()
         optimizer.step()
         say.line(step + 1, loss)
+    return of_classifier(trunk, head, photos, out, settings, data)
+
+
+def of_classifier(trunk: Backbone, head: nn.Linear, photos: Photos, out: Path, settings: Settings, data: str) -> float:
+    """Test accuracy of a linear layer on a backbone."""
+    dtype = precision.resolve("auto", "cpu")
     test = extract(trunk, photos.splits[data].test, Context(out), settings.threads, dtype)
     with torch.no_grad():
         logits = head(torch.from_numpy(test.all()))  # [N, K]
