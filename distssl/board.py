@@ -53,7 +53,7 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 def tag(column: Column) -> str:
     """A figure's name in TensorBoard."""
-    return _plain(f"{column.data or 'data'}/{column.task}_{column.metric}_{column.amount}_labels")
+    return _plain(f"{column.data or 'data'}/{column.task}_{column.metric}_{column.amount.replace('/', '_per_')}_labels")
 
 
 def _plain(name: str) -> str:

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,24 +28,21 @@ NUM_BARS = 24
 
 
 class Column(NamedTuple):
-    """What a figure is of. labels: how many, None for all."""
+    """What a figure is of. labels: how many, None for all; amount: the same for people."""
 
     data: str
     task: str
     metric: str
     labels: int | None
+    amount: str
 
     @classmethod
     def of(cls, row: Row) -> Column:
-        return cls(row.data, row.task, row.metric, row.labels)
+        return cls(row.data, row.task, row.metric, row.labels, row.amount)
 
     @property
     def names(self) -> tuple[str, str, str]:
         return self.data, self.task, self.metric
-
-    @property
-    def amount(self) -> str:
-        return "all" if self.labels is None else str(self.labels)
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def collect(folders: Sequence[Path]) -> Comparison:
         raise ConfigError(
             *(f"{folder}: no run there; a run folder with {run_folder.CONFIG} is right" for folder in missing)
         )
-    members = [_member(name, folder) for name, folder in zip(_names(folders), folders, strict=True)]
+    members = _named_apart([_member(name, folder) for name, folder in zip(_names(folders), folders, strict=True)])
     if not any(member.rows for member in members):
         where = ", ".join(str(folder) for folder in folders)
         raise ConfigError(f"{where}: no {rows.SUMMARY} with figures; say python launch.py evaluate RUN first")
@@ -133,6 +130,12 @@ def _member(name: str, folder: Path) -> Member:
     except ConfigError as error:
         raise ConfigError(*(f"{folder / run_folder.CONFIG}: {message}" for message in error.messages)) from None
     return Member(name, folder, run, rows.read_summary(folder), monitor.read_jsonl(folder / monitor.METRICS))
+
+
+def _named_apart(members: list[Member]) -> list[Member]:
+    """With names of their data that no two data sets have."""
+    every = iter(rows.told_apart([row for member in members for row in member.rows]))
+    return [replace(member, rows=list(itertools.islice(every, len(member.rows)))) for member in members]
 
 
 def _names(folders: list[Path]) -> list[str]:

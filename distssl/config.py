@@ -129,7 +129,7 @@ class Eval(Section):
     )
     num_seeds: PositiveInt = Field(default=3, description="label subsets and heads a row is averaged over")
     num_classes: PositiveInt | None = Field(
-        default=None, description="of masks and boxes; null: one more than the largest in the training labels"
+        default=None, description="of masks and boxes; null: one more than the largest that occurs"
     )
     size_px: PositiveInt | None = Field(default=None, description="null: the size of the views")
     crop: float = Field(default=0.875, gt=0, le=1, description="side of the centre crop, a share of the short side")

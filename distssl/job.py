@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from distssl.mirror import Mirror
 from distssl.remote import Remote
 from distssl.run_folder import CONFIG
 from distssl.weights import Weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,14 @@ def prepare(run: Run, world_size: int) -> Folders:
         )
     ready = folders(run)
     _check_labels(run, ready)
-    plan.of_run(run, Dataset.open(ready.data, run.machine), world_size)
+    data = Dataset.open(ready.data, run.machine)
+    if built.reads_masks(built.cfg) and not labels.has(data, "mask"):
+        raise ConfigError(f"data.source={run.data.source}: has no masks; {labels.WHERE['mask']} is right")
+    plan.of_run(run, data, world_size)
     if ready.labelled:
-        plan.of_labelled(run, Dataset.open(ready.labelled, run.machine), world_size)
+        labelled = Dataset.open(ready.labelled, run.machine)
+        built.check_labels(built.cfg, len(labelled.classes))
+        plan.of_labelled(run, labelled, world_size)
     is_kept = there is not None and (run.run_dir / weights.KEPT).exists()
     _claim(run, None if is_kept else start)
     return ready
@@ -64,9 +72,10 @@ def _check_labels(run: Run, ready: Folders) -> None:
     if ready.eval_train:
         train = Dataset.open(ready.eval_train, run.machine)
         test = Dataset.open(ready.eval_test, run.machine) if ready.eval_test else None
-        for kind in {evaluate.kind(task) for task in run.eval.tasks}:
+        for task in run.eval.tasks:
+            kind = evaluate.kind(task)
             if run.eval.source or labels.has(train, kind):
-                labels.find(train, test, kind, "")
+                evaluate.check(task, labels.find(train, test, kind, ""), run.eval.num_classes)
 
 
 def _refuse_another(run: Run, there: Run | None) -> None:
@@ -170,7 +179,7 @@ def _take(remote: Mirror) -> None:
 
 def _pretrain(run: Run, context: Context, data: Folders) -> bool:
     judge = _judge(run, context, data)
-    online = judge.online if judge and labels.has(judge.train, labels.LABEL) else None
+    online = judge.online if judge and not judge.missing(["knn"]) else None
     labelled = Dataset.open(data.labelled, run.machine) if data.labelled else None
     elsewhere = functools.partial(_online, run, data) if online else None
     training = train.Training(run, context, Dataset.open(data.data, run.machine), online, labelled, elsewhere)
@@ -178,8 +187,7 @@ def _pretrain(run: Run, context: Context, data: Folders) -> bool:
         return False
     if judge:
         judge.trained = training.method
-        possible = judge.possible()
-        tasks = [task for task in run.eval.tasks if task in possible]
+        tasks = _possible(judge, context, run.eval.tasks)
         _score(judge, context, tasks, run.eval.backbones or ("random", "pretrained"))
     return True
 
@@ -206,9 +214,21 @@ def evaluate_run(run: Run, context: Context, tasks: Sequence[str] | None) -> Non
     backbones = run.eval.backbones or rows.BACKBONES
     if "pretrained" in backbones:
         judge.trained = _newest(run, context)
-    for task in tasks or ():
-        judge.labelled(evaluate.kind(task))
-    _score(judge, context, tasks or judge.possible(), backbones)
+    tasks = tasks or _possible(judge, context, config.TASKS)
+    if not tasks:
+        raise ConfigError(f"eval.source={run.eval.source}: has labels of no task; labelled images are right")
+    for task in tasks:
+        evaluate.check(task, judge.labelled(evaluate.kind(task)), run.eval.num_classes)
+    _score(judge, context, tasks, backbones)
+
+
+def _possible(judge: evaluate.Evaluation, context: Context, tasks: Sequence[str]) -> list[str]:
+    """Those of the tasks for which there are labels; rank 0 names the others."""
+    missing = judge.missing(tasks)
+    if missing and context.rank == 0:
+        named = (f"{task} ({right})" for task, right in missing.items())
+        log.info("not evaluated, for there are no labels of these kinds: %s", ", ".join(named))
+    return [task for task in tasks if task not in missing]
 
 
 def evaluate_once(

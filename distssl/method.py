@@ -73,6 +73,10 @@ class Method(nn.Module, ABC):
         """The graph of the second stream, of labelled images, for a method that learns from labels."""
         raise NotImplementedError
 
+    @classmethod
+    def check_labels(cls, cfg: Any, num_classes: int) -> None:
+        """Raises ConfigError where it cannot learn from labels of so many classes."""
+
     @abstractmethod
     def loss(self, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """ "loss", this rank's scalar to be minimised after DDP's mean; other scalars are logged.

@@ -17,7 +17,7 @@ from distssl import checkpoint, config, method, plan
 from distssl.config import Run
 from distssl.data import augment
 from distssl.data.shards import Dataset
-from distssl.downstream.rows import read_summary
+from distssl.downstream.rows import read_summary, told_apart
 
 CARD = "MODEL_CARD.md"
 IN_TIMM_TOO = ("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2")  # under torchvision's names
@@ -109,8 +109,8 @@ def text(
     if rows:
         lines += ["| data | task | labels | metric | backbone | value |", "|---|---|---|---|---|---|"]
         lines += [
-            f"| {row.data} | {row.task} | {row.labels or 'all'} | {row.metric} | {row.backbone} | {row.value:.4f} |"
-            for row in rows
+            f"| {row.data} | {row.task} | {row.amount} | {row.metric} | {row.backbone} | {row.value:.4f} |"
+            for row in told_apart(rows)
         ]
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, Row, read_summary
+from distssl.downstream.rows import BACKBONES, LOWER_IS_BETTER, Row, read_summary, told_apart
 from distssl.errors import RunError
 
 if TYPE_CHECKING:
@@ -31,17 +31,17 @@ def show(run_dir: Path, console: Console, url: str | None = None) -> None:
 
 def table(rows: Sequence[Row]) -> Table:
     """Backbones as columns, a line for each dataset, task, number of labels and metric; fits 80 columns."""
-    lines = list(dict.fromkeys((row.data, row.task, row.labels, row.metric) for row in rows))
-    cells = {(row.backbone, row.data, row.task, row.labels, row.metric): shown(row) for row in rows}
+    rows = told_apart(rows)
+    lines = list(dict.fromkeys((row.data, row.task, row.amount, row.metric) for row in rows))
+    cells = {(row.backbone, row.data, row.task, row.amount, row.metric): shown(row) for row in rows}
     backbones = [name for name in BACKBONES if any(row.backbone == name for row in rows)]
     drawn = Table(title="mean over seeds ± half of its 95 % interval; shares in %")
     for name in ("data", "task", "labels", "metric"):
         drawn.add_column(name, justify="right" if name == "labels" else "left", overflow="fold")
     for name in backbones:
         drawn.add_column(name, justify="right", no_wrap=True)
-    for data, task, labels, metric in lines:
-        found = [cells.get((name, data, task, labels, metric), "") for name in backbones]
-        drawn.add_row(data, task, str(labels or "all"), metric, *found)
+    for line in lines:
+        drawn.add_row(*line, *(cells.get((name, *line), "") for name in backbones))
     return drawn
 
 

@@ -31,9 +31,9 @@ from tests.browser import Browser
 
 launch = importlib.import_module("launch")
 
-KNN = Column("photos", "knn", "accuracy", 10)
-KNN_ALL = Column("photos", "knn", "accuracy", None)
-DEPTH = Column("rooms", "depth", "rmse", None)
+KNN = Column("photos", "knn", "accuracy", 10, "10")
+KNN_ALL = Column("photos", "knn", "accuracy", None, "all")
+DEPTH = Column("rooms", "depth", "rmse", None, "all")
 RANDOM = [
     Row("random", "knn", 10, "accuracy", (0.2, 0.3), "photos"),
     Row("random", "knn", None, "accuracy", (0.35,), "photos"),

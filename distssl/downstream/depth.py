@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distssl.data.windows import Window
-from distssl.downstream.task import Network, Views, counted_mean, unnormalised
+from distssl.downstream import labels
+from distssl.downstream.labels import Labelled
+from distssl.downstream.task import Facts, Network, Views, counted_mean, unnormalised
 from distssl.errors import ConfigError
 from distssl.nn.skip_head import SkipHead, pyramid_channels
 
@@ -31,6 +33,10 @@ class Depth(Network):
     def build(self) -> None:
         self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), 1)
         self.head.start_from(self.facts.log_depth)
+
+    @classmethod
+    def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:
+        return Facts(log_depth=labels.mean_log_depth(data.train, data.train_ids))
 
     @classmethod
     def target_view(cls, window: Window) -> dict[str, Any]:

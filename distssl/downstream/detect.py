@@ -22,8 +22,8 @@ from distssl import collectives
 from distssl.data import draws
 from distssl.data.shards import Dataset
 from distssl.downstream import frames, labels
-from distssl.downstream.labels import Boxes
-from distssl.downstream.task import Network, Recipe, Views, unnormalised
+from distssl.downstream.labels import Boxes, Labelled
+from distssl.downstream.task import Facts, Network, Recipe, Views, unnormalised
 from distssl.errors import ConfigError
 from distssl.nn.backbones import Backbone
 from distssl.nn.skip_head import pyramid_channels
@@ -64,6 +64,10 @@ class Detect(Network):
         self.samplers = Sampler(256, 0.5), Sampler(512, 0.25)  # torchvision's numbers
         for part, sampler in zip((self.detector.rpn, self.detector.roi_heads), self.samplers, strict=True):
             setattr(part, "fg_bg_sampler", sampler)  # noqa: B010 - to pyright a module's attributes are tensors
+
+    @classmethod
+    def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:
+        return Facts(num_classes=labels.num_classes(data, cls.kind, num_classes))
 
     @classmethod
     def annotations(cls, dataset: Dataset, ids: np.ndarray) -> dict[int, Boxes]:

@@ -31,7 +31,6 @@ from distssl.downstream.labels import Labelled
 from distssl.downstream.rows import Row
 from distssl.downstream.segment import Segment
 from distssl.downstream.task import Facts, Network, Recipe
-from distssl.errors import ConfigError
 from distssl.nn.backbones import Backbone
 
 log = logging.getLogger(__name__)
@@ -55,6 +54,15 @@ def kind(task: str) -> str:
     return labels.LABEL if task in config.FROZEN_TASKS else network(task).kind
 
 
+def check(task: str, data: Labelled, num_classes: int | None) -> None:
+    """Raises ConfigError where the labels of a task are wrong. num_classes: eval.num_classes."""
+    if task in config.FITTED_TASKS:
+        chosen = network(task)
+        chosen.facts_of(data, num_classes)
+        for dataset, ids in data.parts:
+            chosen.annotations(dataset, ids)
+
+
 class Evaluation:
     """Evaluates the backbones of one run on one labelled dataset.
 
@@ -69,13 +77,19 @@ class Evaluation:
         self.trained = trained
         self.how = features.Extraction.of_run(run, context.device)
         self.name = config.plain_name(run.eval.source or run.data.source)
-        self._labelled: dict[str, Labelled] = {}  # by kind; made once, as the next two
+        both = f"{train.fingerprint} {(test or train).fingerprint}"
+        self.fingerprint = hashlib.sha256(both.encode()).hexdigest()[:12]
+        self._labelled: dict[str, Labelled] = {}  # by kind; made once, as the next three
+        self._facts: dict[str, Facts] = {}  # by task
         self._extracted: dict[str, tuple[Features, Features]] = {}  # by backbone
         self._clusters: dict[tuple[str, int], np.ndarray] = {}  # by backbone and seed
 
-    def possible(self) -> list[str]:
-        """The tasks for which the dataset has labels."""
-        return [task for task in config.TASKS if labels.has(self.train, kind(task))]
+    def missing(self, tasks: Sequence[str]) -> dict[str, str]:
+        """Those of the tasks for which there are no labels to train or to test on: what would be right."""
+        sets = [self.train, self.test or self.train]
+        return {
+            task: labels.WHERE[kind(task)] for task in tasks if not all(labels.has(each, kind(task)) for each in sets)
+        }
 
     def labelled(self, kind: str) -> Labelled:
         """Raises ConfigError where there are no labels of this kind."""
@@ -100,7 +114,7 @@ class Evaluation:
             for task in tasks:
                 yield self._rows(name, task)
             if any(task in config.FROZEN_TASKS for task in tasks):
-                self._draw(name)
+                self._draw(name, clusters="cluster" in tasks)
 
     def backbone(self, name: str, seed: int = 0) -> Backbone:
         """A copy of one of the backbones; the random one has other weights for another seed."""
@@ -144,7 +158,7 @@ class Evaluation:
             data, backbone = self.labelled(labels.LABEL), self.backbone(name)
             train, test = (
                 features.extract(backbone, dataset, ids, self.how, self.context, self.context.run_dir / FEATURES)
-                for dataset, ids in ((data.train, data.train_ids), (data.test, data.test_ids))
+                for dataset, ids in data.parts
             )
             self._extracted[name] = train, test
         return self._extracted[name]
@@ -158,26 +172,31 @@ class Evaluation:
     def _rows(self, name: str, task: str) -> list[Row]:
         """A row for each number of labels and metric, over seeds."""
         data = self.labelled(kind(task))
-        rows: dict[int | None, list[Row]] = {}
+        rows: dict[tuple[int | None, int | None], list[Row]] = {}
         for how_many in self.cfg.labels if task in WITH_FEW_LABELS else (None,):
             number = len(self._few(data, kind(task), how_many, 0))
             number = None if number == len(data.train_ids) else number
+            per_class = labels.per_class(how_many) if number else None
+            if (number, per_class) in rows:  # "1%" is a number too
+                continue
             draws_labels = task in ("knn", "linear") and number is not None
             seeds = self.cfg.num_seeds if draws_labels or task not in ("knn", "linear", "retrieval") else 1
             found = [self.figure(task, name, how_many, seed) for seed in range(seeds)]
-            rows[number] = [
-                Row(name, task, number, metric, tuple(metrics[metric] for metrics in found), self.name)
+            rows[number, per_class] = [
+                Row(name, task, number, metric, values, self.name, per_class, self.fingerprint)
                 for metric in found[0]
+                for values in [tuple(metrics[metric] for metrics in found)]
             ]
         return [row for group in rows.values() for row in group]
 
-    def _draw(self, name: str) -> None:
+    def _draw(self, name: str, clusters: bool) -> None:
         """Pictures of what the features do, by rank 0."""
         data, (train, test) = self.labelled(labels.LABEL), self._features(name)
-        clusters = self._cluster(name, seed=0)
+        found = self._cluster(name, seed=0) if clusters else None
         if self.context.rank == 0:
             pictures.neighbours(self.context, data, train, test, self.how, name)
-            pictures.clusters(self.context, data, clusters, test, self.how, name)
+            if found is not None:
+                pictures.clusters(self.context, data, found, test, self.how, name)
             if name == "pretrained":
                 pictures.projector(self.context, data, test, self.how)
         collectives.barrier()
@@ -186,11 +205,11 @@ class Evaluation:
         self, task: str, name: str, how_many: int | str | None, seed: int, report: fit.Report | None, every: int | None
     ) -> dict[str, float]:
         """From the job's folder where it was done before."""
-        job, recipe, data = self._job(task, name, how_many, seed)
+        job, start = self._job(task, name, how_many, seed)
         with self.context.one_writer(job.folder):
             found = fit.result(job.folder, self.context)
             if found is None:
-                fitting = self._fitting(task, name, job, recipe, data)
+                fitting = self._fitting(task, name, job, start)
                 fitting.run(report, every)
                 found = fitting.score()
                 if seed == 0 and self.context.rank == 0:
@@ -202,33 +221,31 @@ class Evaluation:
 
     def _supervised(self) -> Backbone:
         """The network trained on all labels, of which the checkpoint is kept."""
-        job, recipe, data = self._job("finetune", "supervised", None, 0)
+        job, start = self._job("finetune", "supervised", None, 0)
         with self.context.one_writer(job.folder):
-            fitting = self._fitting("finetune", "supervised", job, recipe, data)
+            fitting = self._fitting("finetune", "supervised", job, start)
             fitting.run()
         return fitting.network.backbone
 
-    def _job(self, task: str, name: str, how_many: int | str | None, seed: int) -> tuple[Job, Recipe, Labelled]:
-        data = self.labelled(kind(task))
-        recipe = self._recipe(task, name)
+    def _job(self, task: str, name: str, how_many: int | str | None, seed: int) -> tuple[Job, Backbone]:
+        """A network to train, and what it begins with: for the supervised rows too that is the untrained backbone."""
+        data, recipe = self.labelled(kind(task)), self._recipe(task, name)
+        start = self.backbone("random" if name == "supervised" else name, seed)
         ids = self._few(data, kind(task), how_many, seed)
         facts = [task, name, seed, recipe, data.train.fingerprint, data.test.fingerprint, self.cfg.num_classes]
-        facts += [ids.tolist(), data.test_ids.tolist(), weights.digest(self._start(name, seed).state_dict())]
+        facts += [ids.tolist(), data.test_ids.tolist(), weights.digest(start.state_dict())]
         facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels]
         digest = hashlib.sha256(json.dumps(facts, default=dataclasses.asdict).encode()).hexdigest()[:12]
         title = f"{task} on {len(ids)} of {self.name}, {name} backbone, seed {seed}"
         folder = self.context.run_dir / FITS / f"{task}_{self.name}_{name}_{len(ids)}_seed{seed}_{digest}"
-        return Job(title, folder, data.train, ids, data.test, data.test_ids, seed), recipe, data
+        return Job(title, folder, data.train, ids, data.test, data.test_ids, seed), start
 
-    def _fitting(self, task: str, name: str, job: Job, recipe: Recipe, data: Labelled) -> Fitting:
-        chosen = network(task)
-        facts = self._facts(chosen, data)
-        built = method.seeded(self.run.seed + job.seed, lambda: chosen(self._start(name, job.seed), facts, recipe))
+    def _fitting(self, task: str, name: str, job: Job, start: Backbone) -> Fitting:
+        chosen, recipe = network(task), self._recipe(task, name)
+        if task not in self._facts:
+            self._facts[task] = chosen.facts_of(self.labelled(chosen.kind), self.cfg.num_classes)
+        built = method.seeded(self.run.seed + job.seed, lambda: chosen(start, self._facts[task], recipe))
         return Fitting(built, job, self.how, self.context)
-
-    def _start(self, name: str, seed: int) -> Backbone:
-        """What a network begins with: for the supervised rows too that is the untrained backbone."""
-        return self.backbone("random" if name == "supervised" else name, seed)
 
     def _recipe(self, task: str, name: str) -> Recipe:
         own = network(task).recipe
@@ -237,24 +254,6 @@ class Evaluation:
         asked = own.asked(self.cfg.fit)
         trained = {"random": "head", "supervised": "all"}.get(name, asked.trained)
         return dataclasses.replace(asked, trained=trained)
-
-    def _facts(self, chosen: type[Network], data: Labelled) -> Facts:
-        if chosen.kind == "keypoints":
-            return Facts(num_points=labels.num_points(data))
-        if chosen.kind == "depth":
-            return Facts(log_depth=labels.mean_log_depth(data.train, data.train_ids))
-        asked = self.cfg.num_classes if chosen.kind != labels.LABEL else None
-        largest = labels.num_classes(data.train, data.train_ids, chosen.kind)
-        num = asked or largest
-        if chosen.kind == "boxes" and largest > num:
-            raise ConfigError(
-                f"eval.num_classes={num}: boxes have labels up to {largest - 1}; at least {largest} is right"
-            )
-        if chosen.kind == "mask" and largest < 2:
-            raise ConfigError(
-                "eval.source: its masks have class 0 alone (255 is none); two classes from 0 on are right"
-            )
-        return Facts(num_classes=num)
 
     def _few(self, data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:
         classes = data.train.rows(data.train_ids).label if kind == labels.LABEL else np.zeros(len(data.train_ids))

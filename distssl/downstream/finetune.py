@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from distssl.data import augment
 from distssl.data.sample import Sample
 from distssl.downstream import classify, labels
-from distssl.downstream.task import Network, Recipe, Views, jitter
+from distssl.downstream.labels import Labelled
+from distssl.downstream.task import Facts, Network, Recipe, Views, jitter
 
 
 class Finetune(Network):
@@ -25,6 +26,10 @@ class Finetune(Network):
 
     def build(self) -> None:
         self.head = nn.Linear(self.backbone.num_features, self.facts.num_classes)
+
+    @classmethod
+    def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:
+        return Facts(num_classes=len(data.train.classes))
 
     @classmethod
     def views(cls, recipe: Recipe, sample: Sample) -> dict[str, Any]:

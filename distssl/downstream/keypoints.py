@@ -18,7 +18,8 @@ from torch import Tensor
 
 from distssl.data.shards import Dataset
 from distssl.downstream import frames, labels
-from distssl.downstream.task import Network, Recipe, Views, counted_mean, unnormalised
+from distssl.downstream.labels import Labelled
+from distssl.downstream.task import Facts, Network, Recipe, Views, counted_mean, unnormalised
 from distssl.errors import ConfigError
 from distssl.nn.skip_head import SkipHead, pyramid_channels
 
@@ -33,6 +34,10 @@ class Keypoints(Network):
 
     def build(self) -> None:
         self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), self.facts.num_points)
+
+    @classmethod
+    def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:
+        return Facts(num_points=labels.num_points(data))
 
     @classmethod
     def annotations(cls, dataset: Dataset, ids: np.ndarray) -> dict[int, Tensor]:

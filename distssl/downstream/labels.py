@@ -42,6 +42,11 @@ class Labelled:
     test_ids: np.ndarray
     name: str
 
+    @property
+    def parts(self) -> tuple[tuple[Dataset, np.ndarray], ...]:
+        """Both sets with their ids."""
+        return (self.train, self.train_ids), (self.test, self.test_ids)
+
 
 def has(dataset: Dataset, kind: str) -> bool:
     """Whether any image of it has such labels."""
@@ -93,12 +98,16 @@ def few(ids: np.ndarray, classes: np.ndarray, how_many: int | str | None, seed: 
     """
     if how_many is None:
         return ids
-    if isinstance(how_many, str) and how_many.endswith("/class"):
-        num = int(how_many.removesuffix("/class"))
+    if num := per_class(how_many):
         return np.sort(np.concatenate([subset(ids[classes == label], num, seed) for label in np.unique(classes)]))
     if isinstance(how_many, str):
         how_many = max(1, round(len(ids) * float(how_many.removesuffix("%")) / 100))
     return subset(ids, how_many, seed)
+
+
+def per_class(how_many: int | str | None) -> int | None:
+    """The 10 of "10/class"."""
+    return int(how_many.removesuffix("/class")) if isinstance(how_many, str) and how_many.endswith("/class") else None
 
 
 class Boxes(NamedTuple):
@@ -167,12 +176,23 @@ def _refuse(dataset: Dataset, samples: Iterable[int], wrong: Callable[[int], str
         raise ConfigError(*lines, *more)
 
 
-def num_classes(dataset: Dataset, ids: np.ndarray, kind: str) -> int:
-    """One more than the largest class in the masks or boxes of these images; in label, of the dataset's classes."""
-    if kind == LABEL:
-        return len(dataset.classes)
-    largest = _largest_in_mask if kind == "mask" else _largest_in_boxes
-    return 1 + max((largest(data) for data in annotations.read(dataset, ids, kind) if data is not None), default=0)
+def num_classes(data: Labelled, kind: str, asked: int | None) -> int:
+    """`asked`, else one more than the largest class in the masks or boxes of the training and test images.
+
+    Raises ConfigError where more than were asked for occur.
+    """
+    largest_in = _largest_in_mask if kind == "mask" else _largest_in_boxes
+    most = 0
+    for dataset, ids in data.parts:
+        found = [largest_in(given) if given else 0 for given in annotations.read(dataset, ids, kind)]
+        most = max(most, 1 + max(found))
+        if asked is not None and most > asked:
+            key = dataset.keys(ids[np.argmax(found), None])[0]
+            raise ConfigError(
+                f"eval.num_classes={asked}: {dataset.folder}: {key}: has class {most - 1} in its {kind}; classes below "
+                f"{asked} (255 is none), or at least eval.num_classes={most}, are right"
+            )
+    return asked or most
 
 
 def mean_log_depth(dataset: Dataset, ids: np.ndarray) -> float:
@@ -199,10 +219,7 @@ def _pixels(data: bytes) -> np.ndarray:
 
 def num_points(data: Labelled) -> int:
     """Of each image. Raises ConfigError where there is none, or the test images have another number."""
-    found = [
-        len(keypoints(dataset, ids[:1])[int(ids[0])])
-        for dataset, ids in ((data.train, data.train_ids), (data.test, data.test_ids))
-    ]
+    found = [len(keypoints(dataset, ids[:1])[int(ids[0])]) for dataset, ids in data.parts]
     if found[0] != found[1] or not found[0]:
         raise ConfigError(
             f"eval.source: {found[0]} keypoints an image, {found[1]} in the test images; as many, and one, are right"

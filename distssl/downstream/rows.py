@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ LOWER_IS_BETTER = ("abs_rel", "rmse", "mean_error")  # of the metrics; these are
 class Row:
     """One figure of one backbone.
 
-    backbone: one of BACKBONES. labels: how many were used, None for all. values: one a seed, in the metric's unit.
-    data: the labelled images, by their name.
+    backbone: one of BACKBONES. labels: how many were used, None for all; per_class: where these are as many of each
+    class. values: one a seed, in the metric's unit. data: the labelled images, by their name; fingerprint: of those.
     """
 
     backbone: str
@@ -42,6 +43,13 @@ class Row:
     metric: str
     values: tuple[float, ...]
     data: str = ""
+    per_class: int | None = None
+    fingerprint: str = ""
+
+    @property
+    def amount(self) -> str:
+        """How many labels, for people."""
+        return "all" if self.labels is None else f"{self.per_class}/class" if self.per_class else str(self.labels)
 
     @property
     def value(self) -> float:
@@ -59,9 +67,9 @@ class Row:
         return float(stats.t.ppf(0.975, len(self.values) - 1)) * error
 
     @property
-    def place(self) -> tuple[str, str, str, int | None, str]:
+    def place(self) -> tuple[str | int | None, ...]:
         """What a newer row of the same place takes."""
-        return self.data, self.backbone, self.task, self.labels, self.metric
+        return self.data, self.fingerprint, self.backbone, self.task, self.labels, self.per_class, self.metric
 
 
 def write_summary(run_dir: Path, rows: Sequence[Row]) -> list[Row]:
@@ -81,5 +89,14 @@ def read_summary(run_dir: Path) -> list[Row]:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    values = tuple(fields["values"])
-    return Row(fields["backbone"], fields["task"], fields["labels"], fields["metric"], values, fields["data"])
+    own: dict[str, Any] = {key: value for key, value in fields.items() if key != "value"}
+    return Row(**{**own, "values": tuple(own["values"])})
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with other names for data sets of one name: part of their fingerprints after it."""
+    named = {(row.data, row.fingerprint) for row in rows if row.fingerprint}  # older files have none
+    count = Counter(name for name, _ in named)
+    return [
+        replace(row, data=f"{row.data} {row.fingerprint[:6]}".strip()) if count[row.data] > 1 else row for row in rows
+    ]

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distssl.data.windows import Window
-from distssl.downstream.task import Network, Views, counted_mean, unnormalised
+from distssl.downstream import labels
+from distssl.downstream.labels import Labelled
+from distssl.downstream.task import Facts, Network, Views, counted_mean, unnormalised
 from distssl.errors import ConfigError
 from distssl.nn.skip_head import SkipHead, pyramid_channels
 
@@ -27,16 +29,25 @@ class Segment(Network):
         self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), self.facts.num_classes)
 
     @classmethod
+    def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:
+        found = labels.num_classes(data, cls.kind, num_classes)
+        if found < 2:
+            raise ConfigError(
+                "eval.source: its masks have class 0 alone (255 is none); two classes from 0 on are right"
+            )
+        return Facts(num_classes=found)
+
+    @classmethod
     def target_view(cls, window: Window) -> dict[str, Any]:
         return {"mask": window.classes()}
 
     def loss(self, views: Views, known: Sequence[Any]) -> Tensor:
-        mask = self._mask(views)
+        mask = _mask(views)
         total = F.cross_entropy(self._logits(views), mask, ignore_index=IGNORED, reduction="sum")
         return counted_mean(total, (mask != IGNORED).sum())
 
     def judge(self, views: Views, known: Sequence[Any]) -> np.ndarray:
-        mask = self._mask(views)
+        mask = _mask(views)
         return confusion(self._logits(views).argmax(1), mask, self.facts.num_classes).cpu().numpy()
 
     @classmethod
@@ -48,7 +59,7 @@ class Segment(Network):
 
         predicted = self._logits(views).argmax(1).cpu()
         rows = []
-        for image, found, true in zip(unnormalised(views["image"]), predicted, self._mask(views).cpu(), strict=True):
+        for image, found, true in zip(unnormalised(views["image"]), predicted, _mask(views).cpu(), strict=True):
             for classes in (true, found):
                 each = torch.stack([classes == k for k in range(1, self.facts.num_classes)])
                 rows.append(draw_segmentation_masks(image, each, alpha=0.5, colors=colours(len(each))))
@@ -58,17 +69,10 @@ class Segment(Network):
         x = views["image"]
         return F.interpolate(self.head(self.backbone.pyramid(x)), x.shape[2:], mode="bilinear")  # [N, K, S, S]
 
-    def _mask(self, views: Views) -> Tensor:
-        """int64 [N, S, S]. Raises ConfigError for a class that is not there."""
-        mask = views["mask"][:, 0].long()
-        wrong = (mask >= self.facts.num_classes) & (mask != IGNORED)
-        if wrong.any():
-            sample = int(views["id"][wrong.flatten(1).any(1)][0])
-            raise ConfigError(
-                f"sample {sample}: its mask has class {int(mask[wrong].max())}, but there are {self.facts.num_classes} "
-                f"classes from 0 on, and {IGNORED} for none; mend the mask or say eval.num_classes=N"
-            )
-        return mask
+
+def _mask(views: Views) -> Tensor:
+    """int64 [N, S, S]."""
+    return views["mask"][:, 0].long()
 
 
 def colours(num: int) -> list[str | tuple[int, int, int]]:

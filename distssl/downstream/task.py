@@ -21,6 +21,7 @@ from distssl.data import augment
 from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.data.windows import Window
+from distssl.downstream.labels import Labelled
 from distssl.nn.backbones import Backbone
 from distssl.nn.optim import Rate
 
@@ -96,6 +97,11 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def build(self) -> None:
         """Add the head."""
+
+    @classmethod
+    @abstractmethod
+    def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:
+        """What the head must know. num_classes: eval.num_classes. Raises ConfigError where the labels are wrong."""
 
     @classmethod
     def views(cls, recipe: Recipe, sample: Sample) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from distssl import collectives, method
 from distssl.data import augment, randaugment
 from distssl.data.augment import Crop
 from distssl.data.randaugment import RandAugment
+from distssl.errors import ConfigError
 from distssl.nn.precision import full_precision
 
 
@@ -65,6 +66,14 @@ class UDA(method.Method):
     def labelled_views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
         image = augment.crop(sample, cfg.augment)
         return {"image": augment.normalise(image, mirror=sample.draws.coin(cfg.augment.flip))}
+
+    @classmethod
+    def check_labels(cls, cfg: Config, num_classes: int) -> None:
+        if num_classes > cfg.num_classes:
+            raise ConfigError(
+                f"method.num_classes={cfg.num_classes}: the labelled images have {num_classes} classes; "
+                f"{num_classes} is right"
+            )
 
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = views["labelled.label"].to(views["weak"].device)

@@ -70,7 +70,7 @@ def evaluated_elsewhere(run: Run, storage: Path) -> list[Row]:
         )
         storage.mkdir(exist_ok=True)
         context.run_dir = storage
-        return [row for rows in judge.rows(judge.possible(), ["pretrained"]) for row in rows]
+        return [row for rows in judge.rows(CLASSIFYING, ["pretrained"]) for row in rows]
 
 
 def test_features_are_made_once_for_a_checkpoint_and_a_dataset(

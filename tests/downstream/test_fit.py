@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from distssl import config, job, method, plan
+from distssl import config, method, plan
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import shards
-from distssl.downstream import evaluate, fit, pictures, rows
+from distssl.downstream import fit, pictures, rows
 from distssl.downstream.evaluate import Evaluation
 from distssl.downstream.fit import Fitting
-from distssl.errors import ConfigError
 from tests import annotated, runs
 
 STEPS = 6
@@ -32,8 +31,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def fitting(run: Run, task: str, context: Context, name: str = "supervised") -> Fitting:
     judge = Evaluation(run, context, shards.Dataset.open(Path(run.data.source)), None)
-    given, recipe, data = judge._job(task, name, None, 0)
-    return judge._fitting(task, name, given, recipe, data)
+    return judge._fitting(task, name, *judge._job(task, name, None, 0))
 
 
 def train_here(run: Run, task: str, stop_at: int | None = None) -> tuple[dict[str, float], list[torch.Tensor]]:
@@ -114,8 +112,7 @@ def test_the_last_stages_learn_lower_ones_more_slowly(
     run = runs.tiny(packed["finetune"], tmp_path, *FIT, f"eval.fit.trained={trained}", "eval.fit.layer_decay=0.5")
     with Context(tmp_path) as context:
         judge = Evaluation(run, context, shards.Dataset.open(packed["finetune"]), None, method.build(run))
-        given, recipe, data = judge._job("finetune", "pretrained", None, 0)
-        network = judge._fitting("finetune", "pretrained", given, recipe, data).network
+        network = judge._fitting("finetune", "pretrained", *judge._job("finetune", "pretrained", None, 0)).network
     learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[2] for name in learning if name.startswith("backbone.")} == stages
     rates = {name: network.rate(name, parameter).scale for name, parameter in network.named_parameters()}
@@ -157,22 +154,3 @@ def test_few_test_images_are_drawn_and_micro_batches_stay_behind(packed: dict[st
         assert len(judge.labelled("mask").test_ids) < pictures.NUM_PREDICTED
         assert judge.figure("segment", "pretrained", None, 0)["miou"] > 0
     assert len(list((tmp_path / pictures.FOLDER).glob("segment_*_pretrained.png"))) == 1
-
-
-def test_a_mask_with_a_class_too_many_is_named(packed: dict[str, Path], tmp_path: Path) -> None:
-    run = runs.tiny(packed["segment"], tmp_path, *FIT, "eval.num_classes=1")
-    with pytest.raises(ConfigError, match=r"its mask has class 1, but there are 1 classes"):
-        train_here(run, "segment")
-
-
-def test_evaluating_needs_the_labels_of_the_task(packed: dict[str, Path], tmp_path: Path) -> None:
-    run = runs.tiny(packed["segment"], tmp_path, *FIT)
-    with Context(tmp_path) as context:
-        judge = Evaluation(run, context, shards.Dataset.open(packed["segment"]), None)
-        assert judge.possible() == ["segment", "detect", "depth", "keypoints"]
-        with pytest.raises(ConfigError, match="has no labelled images"):
-            judge.labelled(evaluate.kind("knn"))
-    with pytest.raises(ConfigError, match="has no images with mask"):
-        job.prepare(
-            runs.tiny(packed["finetune"], tmp_path, f"eval.source={packed['finetune']}", "eval.tasks=[segment]"), 1
-        )

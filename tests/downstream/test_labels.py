@@ -80,7 +80,7 @@ def test_boxes_at_the_edge_and_images_without_one_are_right(tmp_path: Path) -> N
     found = dataset(tmp_path / "boxed", files)
     read = labels.boxes(found, found.annotated_ids("boxes"))
     assert sorted(len(of_image.labels) for of_image in read.values()) == [0, 1]
-    assert labels.num_classes(found, found.annotated_ids("boxes"), "boxes") == 1
+    assert labels.num_classes(labels.find(found, found, "boxes", "boxed"), "boxes", None) == 1
 
 
 def test_images_with_other_numbers_of_points_are_named(tmp_path: Path) -> None:
