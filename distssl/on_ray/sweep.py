@@ -43,7 +43,7 @@ def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome]:
         "RAY_AIR_NEW_OUTPUT": "0",  # the new one speaks at any verbosity
     }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    share = place.start(swept.parallel * swept.workers).share
+    share = place.start(swept.parallel * swept.workers, kept_cpus=1).share  # one for the trials, which wait for theirs
     try:
         outcomes = _run(swept, tell, share)
     finally:
