@@ -18,7 +18,7 @@ from distssl.on_ray.remote import Cluster, Errand
 from distssl.on_ray.target import Target
 
 JOB_CONFIG = "job.yaml"
-for chatty in ("botocore", "ray"):
+for chatty in ("botocore", "ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
