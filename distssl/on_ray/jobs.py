@@ -21,6 +21,7 @@ from distssl.on_ray.tunnel import Way
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = ("launch.py", "pyproject.toml", "distssl", "configs")
 PROJECT = "distssl"  # of our jobs, in their metadata
+NAME = "job_name"  # where the dashboard looks for it
 LOST_S = 600  # a head that does not answer for so long is gone
 POLL_S = 1.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
@@ -64,7 +65,7 @@ def at_work(client: JobSubmissionClient) -> list[JobDetails]:
 
 def name_of(job: JobDetails) -> str:
     """As it was submitted under; its id has a number too."""
-    return (job.metadata or {}).get("name", "")
+    return (job.metadata or {}).get(NAME, "")
 
 
 def submit(
@@ -82,7 +83,7 @@ def submit(
         entrypoint=shlex.join(command),
         submission_id=job,
         runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
-        metadata={"project": PROJECT, "kind": kind, "name": name, "command": json.dumps(list(command))},
+        metadata={"project": PROJECT, "kind": kind, NAME: name, "command": json.dumps(list(command))},
     )
     return job
 
