@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from rich.console import Console
 from distssl.config import Run
 from distssl.data import order
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import cluster, jobs, place, reaper
+from distssl.on_ray import cluster, jobs, place, reaper, token
 from distssl.on_ray.cluster_file import ClusterFile
 from distssl.on_ray.place import Workers
 from distssl.on_ray.target import Target
@@ -23,6 +24,7 @@ from distssl.on_ray.tunnel import TENSORBOARD, Way
 
 log = logging.getLogger(__name__)
 
+BOARD = "tensorboard"  # the service's name
 LET_GO = 130  # the exit code of a command whose job goes on
 STOP_S = 300  # for the checkpoint of a run that is asked to stop
 OF_JOBS = {
@@ -132,19 +134,24 @@ class Cluster:
             job = jobs.submit(self.client, errand.name, ["python", "launch.py", *errand.command], folder, environment)
             if errand.run and self.file:
                 where = ("--logdir", str(errand.run.machine.storage), "--host", "127.0.0.1", "--port", str(TENSORBOARD))
-                self._serve("tensorboard", ["tensorboard", *where], folder, environment)
+                self._serve(BOARD, ["tensorboard", *where], folder, environment)
         return job
 
     def _serve(self, name: str, command: list[str], folder: Path, environment: Mapping[str, str]) -> None:
-        """Have a service run on the head, once."""
-        if not jobs.running(self.client, name, "service"):
-            jobs.submit(self.client, name, command, folder, environment, kind="service")
+        """Have a service run on the head, once, and in place of one of its name that does something else."""
+        for running in jobs.running(self.client, name, "service"):
+            if running.entrypoint == shlex.join(command):
+                return
+            self.client.stop_job(str(running.submission_id))
+            jobs.wait(self.client, str(running.submission_id), 60)
+        jobs.submit(self.client, name, command, folder, environment, kind="service")
 
     def follow(self, job: str) -> int:
         """Show the job until it ends; its exit code. A Ctrl-C lets go of it."""
         self.say(f"job {job} on {self.name}")
         self.say(f"dashboard:   {self.way.dashboard}")
-        if self.way.tensorboard:
+        self.say(f"its token:   cat {token.FILE}")
+        if self.way.tensorboard and jobs.running(self.client, BOARD, "service"):
             self.say(f"TensorBoard: {self.way.tensorboard}")
         try:
             return jobs.follow(self.way, job, lambda text: self.console.out(text, end="", highlight=False), self.say)
