@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ function every(selector, root = document) {
   return found;
 }
 """
+
+
+class PageLeftError(Exception):
+    """What was asked of a page that is being left for another."""
 
 
 class Browser:
@@ -55,12 +59,19 @@ class Browser:
         return found["result"].get("value")
 
     def wait_for(self, expression: str, timeout_s: float = 60) -> Any:
-        """The value of an expression once it is true."""
+        """The value of an expression once it is true, also of a page that comes after this one."""
         until = time.monotonic() + timeout_s
-        while not (value := self.evaluate(expression)):
+        while True:
+            with suppress(PageLeftError):
+                if value := self.evaluate(expression):
+                    return value
             assert time.monotonic() < until, f"{expression}: not within {timeout_s} s"
             time.sleep(0.2)
-        return value
+
+    def type(self, selector: str, text: str) -> None:
+        """Type into the one field of that selector, in place of what it holds."""
+        self.evaluate(f"(([field]) => {{ field.focus(); field.select(); }})(every({json.dumps(selector)}))")
+        self._ask("Input.insertText", text=text)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot")["data"]))
@@ -73,6 +84,8 @@ class Browser:
         while True:
             answer = json.loads(self._message())
             if answer.get("id") == number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise PageLeftError(method)
                 assert "error" not in answer, answer
                 return answer["result"]
 
@@ -89,7 +102,7 @@ class Browser:
 @contextmanager
 def started(profile: Path) -> Iterator[Browser]:
     """A browser with an empty profile folder; skips the test where there is none and none can be installed."""
-    program = _program()
+    program = installed()
     commands_out, commands_in = os.pipe()
     answers_out, answers_in = os.pipe()
     flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1400,1000 --remote-debugging-pipe"
@@ -107,7 +120,8 @@ def started(profile: Path) -> Iterator[Browser]:
         os.close(answers_out)
 
 
-def _program() -> str:
+def installed() -> str:
+    """The program; skips as `started` does."""
     found = shutil.which("chromium") or shutil.which("google-chrome")
     if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
         line = "apt-get update -q && apt-get install -qy --no-install-recommends chromium"

@@ -33,14 +33,14 @@ KEYS = {
 
 
 class Server:
-    """A moto_server on a free port. variables: more of its environment."""
+    """A moto_server on a free port of an address. variables: more of its environment."""
 
-    def __init__(self, **variables: str) -> None:
+    def __init__(self, address: str = "127.0.0.1", **variables: str) -> None:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
-        command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(self.port)]
+            probe.bind((address, 0))
+            self.address, self.port = probe.getsockname()
+        self.endpoint = f"http://{address}:{self.port}"
+        command = [str(Path(sys.executable).parent / "moto_server"), "-H", address, "-p", str(self.port)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=os.environ | variables, **quiet)
         deadline = time.monotonic() + 60
@@ -51,7 +51,7 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            with socket.create_connection((self.address, self.port), timeout=1):
                 return True
         except OSError:
             return False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import browser
 from tests.cluster import hosts
 from tests.cluster.cloud import Cloud
 from tests.cluster.user import User
@@ -21,6 +22,12 @@ def namespaces() -> None:
     reason = hosts.missing() or hosts.install(["openssh-server", "openssh-client", "rsync", "iproute2"])
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Installed before a test is in a network of its own."""
+    return browser.installed()
 
 
 @pytest.fixture

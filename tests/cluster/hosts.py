@@ -131,6 +131,13 @@ class Host:
         """Whether a file is there, by its path without the first slash."""
         return (self.folder / name).exists()
 
+    def hang_up(self) -> None:
+        """Cut its SSH connections; new ones are let in."""
+        for pid in _in_namespace(self.namespace):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sshd: root"):
+                    os.kill(pid, signal.SIGKILL)
+
     def power_off(self) -> None:
         """At once, as when the plug is pulled; of one that is off, nothing."""
         if self.name not in self.network.hosts:

@@ -41,12 +41,11 @@ def user(network: Network, shared: Path) -> Iterator[User]:
     made.close()
 
 
-def test_two_hosts_by_their_list_and_by_the_address_of_the_dashboard(
-    network: Network, user: User, shared: Path
-) -> None:
-    packed = runs.packed(shared / "photos", num=112)
+def cluster_file(network: Network, shared: Path, **environment: str) -> Path:
+    """onprem.yaml with both hosts, which are set up already, and a worker on each; environment: of jobs."""
     start = "ulimit -n 65536; RAY_AUTH_MODE=token ray start --num-cpus=1"
     tree = {
+        "cluster_name": f"distssl-{os.getpid()}",  # Ray's launcher notes what is up below /tmp, by this name
         "extends": str(ROOT / "cluster/onprem.yaml"),
         "provider": {"head_ip": HEAD, "worker_ips": [WORKER]},
         "auth": {"ssh_user": "root", "ssh_private_key": str(network.key)},
@@ -56,10 +55,23 @@ def test_two_hosts_by_their_list_and_by_the_address_of_the_dashboard(
             f"{start} --head --port=6379 --dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml",
         ],
         "worker_start_ray_commands": ["ray stop", f"{start} --address=$RAY_HEAD_IP:6379"],
-        "distssl": {"storage": str(shared / "runs"), "workers": 2, "worker": {"CPU": 1, "GPU": 0}},
+        "distssl": {
+            "storage": str(shared / "runs"),
+            "workers": 2,
+            "worker": {"CPU": 1, "GPU": 0},
+            "environment": environment,
+        },
     }
-    file = shared / "mine.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    path = shared / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_two_hosts_by_their_list_and_by_the_address_of_the_dashboard(
+    network: Network, user: User, shared: Path
+) -> None:
+    packed = runs.packed(shared / "photos", num=112)
+    file = cluster_file(network, shared)
     code, said = user.run("--cluster", file, "name=list", f"data.source={packed}", *SETTINGS, "train.epochs=2")
     assert code == 0, said
     assert "2 Ray workers" in said
