@@ -214,17 +214,15 @@ def verify(
     from distssl import verify as certificate
     from distssl.on_ray import place
 
-    elsewhere = None
+    sizes, elsewhere = _whole_numbers("--world-sizes", world_sizes), None
     if place.on_cluster():
         from distssl.on_ray import verify as on_ray
 
-        elsewhere = on_ray.elsewhere
+        elsewhere = on_ray.at(sizes)
     names = [method.find(name).__module__.rpartition(".")[2] for name in methods.split(",") if name] or method.names()
     cases = [certificate.Case(name, accumulate) for name in names for accumulate in (1, 2)]
     with tempfile.TemporaryDirectory(prefix="distssl-verify-") as folder:
-        verdicts = list(
-            certificate.certify(cases, _whole_numbers("--world-sizes", world_sizes), Path(folder), elsewhere)
-        )
+        verdicts = list(certificate.certify(cases, sizes, Path(folder), elsewhere))
     report.show_verdicts(verdicts, console)
     if not all(verdict.holds for verdict in verdicts):
         raise RunError("a method does not take the same steps at every number of workers")

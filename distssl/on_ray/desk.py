@@ -68,6 +68,11 @@ def open_for(run_name: str) -> Any:
     return desk
 
 
+def open_unnamed() -> Any:
+    """A desk on this host for what any number of drivers may do, which ends with the driver that opened it."""
+    return place.beside_driver(Desk)
+
+
 def find(run_name: str) -> Any | None:
     """The desk of a run that is being trained; None where there is none."""
     try:
@@ -76,9 +81,9 @@ def find(run_name: str) -> Any | None:
         return None
 
 
-def tell(the_desk: Any, rank: int, outcome: bool | ConfigError | RunError) -> None:
-    """Leave for the driver whether a worker's job is finished, or why it cannot be."""
-    if not isinstance(outcome, bool):
+def tell(the_desk: Any, rank: int, outcome: Any) -> None:
+    """Leave for the driver what came of a worker's work, or the ConfigError or RunError that says why nothing can."""
+    if isinstance(outcome, ConfigError | RunError):
         logging.disable(logging.ERROR)  # the driver says it in one line, Ray would with a traceback
     ray.get(the_desk.tell.remote(rank, _outcome_of(outcome)))
 
@@ -91,8 +96,8 @@ def all_told(the_desk: Any, world_size: int) -> bool:
     return not some
 
 
-def _outcome_of(told: bool | ConfigError | RunError) -> dict[str, Any]:
-    """Plain data: whether the job is finished, or why it cannot be."""
+def _outcome_of(told: Any) -> dict[str, Any]:
+    """Plain data, where nothing can come of the work."""
     if isinstance(told, ConfigError):
         return {"wrong_input": list(told.messages)}
     if isinstance(told, RunError):
@@ -100,8 +105,8 @@ def _outcome_of(told: bool | ConfigError | RunError) -> dict[str, Any]:
     return {"finished": told}
 
 
-def result(outcomes: list[dict[str, Any]]) -> bool:
-    """Whether the job is finished. Raises the ConfigError or RunError that a worker told of."""
+def result(outcomes: list[dict[str, Any]]) -> Any:
+    """What came of the first worker's work. Raises the ConfigError or RunError that a worker told of."""
     for outcome in outcomes:
         if "wrong_input" in outcome:
             raise ConfigError(*outcome["wrong_input"])

@@ -16,7 +16,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distssl.errors import RunError
+from distssl.errors import ConfigError, RunError
 
 CLUSTER = "DISTSSL_CLUSTER"  # the cluster's name, in the environment of jobs that `launch.py --cluster` submits
 WORKERS = "DISTSSL_WORKERS"  # beside it: `Workers` of the cluster file, as JSON
@@ -41,6 +41,11 @@ class Workers:
     def share(self) -> dict[str, int]:
         """As Ray wants it."""
         return {"CPU": self.cpus, "GPU": self.gpus}
+
+    def require(self, num: int, because: str) -> None:
+        """Raise ConfigError where there is no room for so many. because: what the user said that asks for them."""
+        if num > self.most:
+            raise ConfigError(f"{because}: the cluster has room for {self.most} workers")
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))

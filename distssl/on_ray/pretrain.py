@@ -1,8 +1,9 @@
-"""Jobs on Ray Train: a TorchTrainer whose workers run `job.pretrain` or another, restarted when they die."""
+"""The main job on Ray Train: workers that run `job.pretrain`, and what of theirs its driver shows."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import tempfile
@@ -16,22 +17,17 @@ import ray
 import torch
 from ray import train
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distssl import job, monitor
 from distssl.config import Run
 from distssl.context import Context
-from distssl.errors import ConfigError, RunError
-from distssl.on_ray import desk, network, place, waiting
+from distssl.errors import ConfigError
+from distssl.on_ray import desk, place, workers
 from distssl.on_ray.gauges import Gauges
 from distssl.remote import Remote
 
 log = logging.getLogger(__name__)
 
-Work = Callable[[Run, Context, job.Folders], bool]  # whether it is finished
-
-MOST_FAILURES = 5  # of workers in one run; preemptions are not counted by Ray
 NOTED_EVERY_S = 1.0
 
 
@@ -130,77 +126,31 @@ def _evaluate(evaluate: Callable[[], dict[str, float]], threads: int) -> dict[st
     return evaluate()
 
 
-def _work(given: dict[str, Any]) -> None:
-    """One worker. What a restart cannot mend, and whether the job is finished, is left for the driver."""
-    logging.getLogger().setLevel(logging.WARNING)  # Ray tells of every report under the name of a file of its own
-    logging.getLogger("distssl").setLevel(logging.INFO)
-    run: Run = given["run"]
-    the_desk = given["desk"]
-    if any("finished" not in outcome for outcome in ray.get(the_desk.outcomes.remote())):
-        return
-    with RayContext(run, the_desk, given["home"]) as context:
-        try:
-            finished = given["work"](run, context, given["folders"] or job.folders(run))
-            context.hand_over()
-        except (ConfigError, RunError) as error:
-            desk.tell(the_desk, context.rank, error)
-            if not desk.all_told(the_desk, context.world_size):
-                raise  # the others wait for this one in a collective: a restart ends them, and goes no further
-            return
-    if context.rank == 0:
-        desk.tell(the_desk, 0, finished)
+def run(run: Run, folders: job.Folders, num_workers: int) -> bool:
+    """Pretrain on a Ray started for it, or on the cluster whose head this is; False where somebody asked to stop.
 
-
-class _Trainer(TorchTrainer):
-    """A TorchTrainer that leaves Ctrl-C to its caller."""
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's own would abort the run where ours asks it to save and stop."""
-
-
-def run(run: Run, folders: job.Folders, workers: int, work: Work = job.pretrain, name: str | None = None) -> bool:
-    """Run a job on a Ray started for it, or on the cluster whose head this is; False where somebody asked to stop.
-
-    work: what each worker does, module-level. name: of the job among others of the cluster; null: the run's.
     Raises ConfigError or RunError as the workers did, and RunError where they kept dying.
     """
-    share = place.start(workers, run.machine.eval_cpus or 0).share
+    share = place.start(num_workers, run.machine.eval_cpus or 0).share
     try:
         _forget(run)
-        the_desk = desk.open_for(name or run.run_name)
-        trainer = _Trainer(
-            _work,
-            # On a cluster each host makes its own of what it reads.
-            train_loop_config={
-                "run": run,
-                "work": work,
-                "desk": the_desk,
-                "home": ray.get_runtime_context().get_node_id(),
-                "folders": None if place.on_cluster() else folders,
-            },
-            **network.layout(workers, share),
-            run_config=train.RunConfig(
-                name=run.run_name,
-                storage_path=str(run.machine.storage),
-                failure_config=train.FailureConfig(max_failures=MOST_FAILURES),
-                logging_config=train.LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        outcomes: list[dict[str, Any]] = []
-        try:
-            with _noting(the_desk, run), waiting.told():
-                trainer.fit()
-            outcomes = ray.get(the_desk.outcomes.remote())
-        except TrainingFailedError as error:
-            outcomes = ray.get(the_desk.outcomes.remote())
-            if not outcomes:
-                raise RunError(
-                    f"workers failed more than {MOST_FAILURES} times, at last: {last_line(error)}"
-                ) from error
+        the_desk = desk.open_for(run.run_name)
+        home = ray.get_runtime_context().get_node_id()
+        # On a cluster each host makes its own of what it reads.
+        work = functools.partial(_pretrain, run, None if place.on_cluster() else folders, home)
+        with _noting(the_desk, run):
+            return workers.run(work, num_workers, share, the_desk, name=run.run_name, storage=str(run.machine.storage))
     finally:
         ray.shutdown()
         _forget(run)
-    return desk.result(outcomes)
+
+
+def _pretrain(run: Run, folders: job.Folders | None, home: str, the_desk: Any) -> bool:
+    """On each worker. home: the driver's node."""
+    with RayContext(run, the_desk, home) as context:
+        finished = job.pretrain(run, context, folders or job.folders(run))
+        context.hand_over()
+    return finished
 
 
 @contextlib.contextmanager
@@ -233,8 +183,3 @@ def _forget(run: Run) -> None:
         Remote(run.run_url).remove(*names)
     for name in names:
         (run.run_dir / name).unlink(missing_ok=True)
-
-
-def last_line(error: BaseException) -> str:
-    """What an error says at its end: Ray puts a traceback before it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

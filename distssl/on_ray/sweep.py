@@ -25,7 +25,7 @@ from distssl import job, sweep
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import desk, network, place, waiting
-from distssl.on_ray.pretrain import last_line
+from distssl.on_ray.workers import last_line
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
 log = logging.getLogger(__name__)
