@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -60,27 +59,25 @@ def evaluate(
     run: RunFolder,
     task: Annotated[str, typer.Option("--task", help=f"{', '.join(config.TASKS)}; all: what labels allow.")] = "all",
     overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray; by default this process alone.")] = None,
     cluster: ClusterFile = None,
     address: Address = None,
     detach: Detach = False,
+    down_when_done: DownWhenDone = False,
 ) -> None:
     """Evaluate a run's newest checkpoint, the same backbone untrained, and one trained on the labels alone."""
-    from distssl import job, run_folder
-
     tasks = None if task == "all" else task.split(",")
     for name in tasks or ():
         if name not in config.TASKS:
             raise ConfigError(f"--task {name}: {', '.join(config.TASKS)} or all is right")
-    if target := targets.of(cluster, address, detach):
-        command = ["evaluate", run, "--task", ",".join(tasks) if tasks else "all", *(overrides or [])]
-        command_line.other(f"evaluate-{Path(run).name}", command, {}, target)
+    if target := targets.of(cluster, address, detach, down_when_done):
+        command = ["evaluate", run, "--task", task, *(["--workers", str(workers)] if workers else [])]
+        command += overrides or []
+        command_line.other(f"evaluate-{Path(run).name}", command, (workers or 1, f"--workers {workers}"), target)
+    from distssl import run_folder
     from distssl.on_ray import here
 
-    found = run_folder.find(run, overrides or [])
-    with here.one_of_the_ranks(found.folder, lambda: job.folders(found.run, tasks or config.TASKS)) as ours:
-        job.evaluate_run(found.run, ours, tasks)
-        if ours.rank == 0:
-            report.show(found.folder, console, found.run.run_url)
+    here.evaluate(run_folder.find(run, overrides or []), tasks, workers, console)
 
 
 @app.command()
@@ -91,17 +88,16 @@ def sweep(
     cluster: ClusterFile = None,
     address: Address = None,
     detach: Detach = False,
+    down_when_done: DownWhenDone = False,
 ) -> None:
     """Search hyperparameters, labels and backbones of a downstream task. Run again after a stop, it goes on."""
-    if target := targets.of(cluster, address, detach):
-        command = ["sweep", "--config", "job.yaml", *(overrides or [])]
-        files = {"job.yaml": yaml.safe_dump(settings.read(config_file, overrides or []))}
-        command_line.other(f"sweep-{config_file.stem}", command, files, target)
+    overrides = [*(overrides or []), *([f"storage={storage}"] if storage else [])]
+    if target := targets.of(cluster, address, detach, down_when_done):
+        command_line.sweep(config_file, overrides, target)
     from distssl import sweep as sweeps
     from distssl.on_ray import sweep as on_ray
 
-    swept = sweeps.load(config_file, [*(overrides or []), *([f"storage={storage}"] if storage else [])])
-    sweeps.claim(swept)
+    swept = sweeps.load(config_file, overrides)
     console.print(f"sweep {swept.name}: {swept.num_trials} trials of {swept.task}, {swept.parallel} at a time")
     outcomes = on_ray.run(swept, lambda outcome: console.print(report.outcome(outcome), soft_wrap=True, markup=False))
     report.show_sweep(swept, outcomes, console)
@@ -203,23 +199,27 @@ def verify(
     world_sizes: Annotated[str, typer.Option("--world-sizes", help="Numbers of workers, comma-separated.")] = "1,2,4",
     cluster: ClusterFile = None,
     address: Address = None,
+    detach: Detach = False,
+    down_when_done: DownWhenDone = False,
 ) -> None:
     """Certify that views, losses, gradients and parameters are the same at any number of workers."""
     import tempfile
 
-    if target := targets.of(cluster, address):
-        command = ["verify", "--methods", methods, "--world-sizes", world_sizes]
-        command_line.other("verify", command, {}, target)
     from distssl import method
+
+    sizes = _whole_numbers("--world-sizes", world_sizes)
+    names = [method.find(name).__module__.rpartition(".")[2] for name in methods.split(",") if name] or method.names()
+    if target := targets.of(cluster, address, detach, down_when_done):
+        command = ["verify", "--methods", methods, "--world-sizes", world_sizes]
+        command_line.other("verify", command, (max(sizes), f"--world-sizes {max(sizes)}"), target)
     from distssl import verify as certificate
     from distssl.on_ray import place
 
-    sizes, elsewhere = _whole_numbers("--world-sizes", world_sizes), None
+    elsewhere = None
     if place.on_cluster():
         from distssl.on_ray import verify as on_ray
 
         elsewhere = on_ray.at(sizes)
-    names = [method.find(name).__module__.rpartition(".")[2] for name in methods.split(",") if name] or method.names()
     cases = [certificate.Case(name, accumulate) for name in names for accumulate in (1, 2)]
     with tempfile.TemporaryDirectory(prefix="distssl-verify-") as folder:
         verdicts = list(certificate.certify(cases, sizes, Path(folder), elsewhere))

@@ -202,13 +202,15 @@ def _online(run: Run, data: Folders, state: dict[str, Tensor]) -> dict[str, floa
         return judge.online(backbone)
 
 
-def evaluate_run(run: Run, context: Context, tasks: Sequence[str] | None) -> None:
+def evaluate_run(run: Run, context: Context, tasks: Sequence[str] | None, data: Folders | None = None) -> None:
     """Evaluate backbones of a run on tasks, or on all that the labels allow, into summary.json.
+
+    data: `folders` of the run for these tasks, where somebody has made them already.
 
     Raises ConfigError without labels, or without a checkpoint where the pretrained backbone is one of them.
     """
     _open_mirror(run, context)
-    judge = _judge(run, context, folders(run, tasks or config.TASKS))
+    judge = _judge(run, context, data or folders(run, tasks or config.TASKS))
     if judge is None:
         raise ConfigError(f"eval.source: {run.data.source} has no labels; say eval.source=LABELLED_IMAGES")
     backbones = run.eval.backbones or rows.BACKBONES

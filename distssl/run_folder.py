@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from distssl import atomic, checkpoint, config, method, mirror, mirrored, stores, weights
+from distssl import atomic, checkpoint, collectives, config, method, mirror, mirrored, stores, weights
 from distssl.config import Machine, Run
 from distssl.downstream import rows
 from distssl.errors import ConfigError
@@ -95,6 +95,19 @@ def _with_records(place: str) -> Path:
     return found.folder
 
 
+def require_on_every_host(found: Found) -> None:
+    """Raise ConfigError where a host does not see the folder of a run at a path. Every rank calls it."""
+    seen = found.run.run_url is not None or (found.folder / CONFIG).exists()
+    if not all(collectives.gather_objects(seen)):
+        raise ConfigError(f"{found.place}: not every host sees it; a folder that all of them mount, or a URL, is right")
+
+
+def take_figures(found: Found) -> None:
+    """Have the figures that others have put into the run's folder."""
+    if copy := _mirror(found):
+        copy.pull_file(rows.SUMMARY)
+
+
 def _mirror(found: Found) -> Mirror | None:
     return Mirror(found.folder, found.run.run_url) if found.run.run_url else None
 
@@ -102,9 +115,9 @@ def _mirror(found: Found) -> Mirror | None:
 def with_checkpoint(place: str | Path) -> Found:
     """A run with its newest whole checkpoint and its figures in the folder."""
     found = find(place)
+    take_figures(found)
     copy = _mirror(found)
     if copy:
-        copy.pull_file(rows.SUMMARY)
         mirrored.pull_newest(copy, found.folder)
     return found
 

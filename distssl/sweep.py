@@ -97,6 +97,11 @@ class Sweep(Section):
         return "min" if self.metric in LOWER_IS_BETTER else "max"
 
     @property
+    def demand(self) -> tuple[int, str]:
+        """Workers of a batch of trials, and what asks for them."""
+        return self.parallel * self.workers, f"parallel={self.parallel} trials of workers={self.workers}"
+
+    @property
     def url(self) -> str | None:
         """Where the sweep's folder lies, if that is no path."""
         return f"{self.storage}/{self.name}" if stores.is_url(self.storage) else None
@@ -110,14 +115,8 @@ class Sweep(Section):
 
 
 def load(file: Path, overrides: Sequence[str]) -> Sweep:
-    """Read a YAML file with key=value overrides. Raises ConfigError with a line for each mistake."""
-    tree = settings.read(file, overrides)
-    try:
-        sweep = Sweep.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(*(settings.explain(Sweep, item) for item in error.errors())) from None
-    if sweep.metric not in METRICS[sweep.task]:
-        raise ConfigError(f"metric={sweep.metric}: {sweep.task} has {', '.join(METRICS[sweep.task])}")
+    """Read a YAML file with key=value overrides, and look at its runs. Raises ConfigError with a line a mistake."""
+    sweep = parse(settings.read(file, overrides))
     for place in sweep.runs:
         try:
             run_folder.find(place)
@@ -125,6 +124,17 @@ def load(file: Path, overrides: Sequence[str]) -> Sweep:
             raise ConfigError(*(f"runs: {message}" for message in error.messages)) from None
     for point in corners(sweep):
         trial(sweep, point)
+    return sweep
+
+
+def parse(tree: Mapping[str, Any]) -> Sweep:
+    """What can be known without its runs. Raises ConfigError with a line a mistake."""
+    try:
+        sweep = Sweep.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(*(settings.explain(Sweep, item) for item in error.errors())) from None
+    if sweep.metric not in METRICS[sweep.task]:
+        raise ConfigError(f"metric={sweep.metric}: {sweep.task} has {', '.join(METRICS[sweep.task])}")
     return sweep
 
 

@@ -28,7 +28,7 @@ from distssl.downstream.finetune import Finetune
 from distssl.downstream.fit import Fitting, Job
 from distssl.downstream.keypoints import Keypoints
 from distssl.downstream.labels import Labelled
-from distssl.downstream.rows import Row
+from distssl.downstream.rows import BACKBONES, Row
 from distssl.downstream.segment import Segment
 from distssl.downstream.task import Facts, Network, Recipe
 from distssl.nn.backbones import Backbone
@@ -61,6 +61,13 @@ def check(task: str, data: Labelled, num_classes: int | None) -> None:
         chosen.facts_of(data, num_classes)
         for dataset, ids in data.parts:
             chosen.annotations(dataset, ids)
+
+
+def batches(run: Run, tasks: Sequence[str]) -> set[int]:
+    """Images a step of the networks that an evaluation on tasks trains, where there are labels enough."""
+    supervised = {"finetune"} if "supervised" in (run.eval.backbones or BACKBONES) else set()
+    fitted = supervised.union(tasks).intersection(config.FITTED_TASKS)
+    return {network(task).recipe.asked(run.eval.fit).batch for task in fitted}
 
 
 class Evaluation:

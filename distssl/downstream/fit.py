@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distssl import atomic, collectives, mirrored, monitor
 from distssl.context import Context
 from distssl.data.loader import Loader
-from distssl.data.order import Order
+from distssl.data.order import Order, nearest
 from distssl.data.quarantine import Quarantine
 from distssl.data.shards import Dataset
 from distssl.downstream import features
@@ -135,8 +135,10 @@ class Fitting:
         if batch > len(ids):
             batch = 1 << (len(ids).bit_length() - 1)  # a power of two: most numbers of workers fit
         if batch % self.context.world_size:
+            fits = [num for num in range(1, batch + 1) if batch % num == 0]
             raise ConfigError(
-                f"eval.fit.batch={batch}, for {len(ids)} labels: {self.context.world_size} workers cannot share it"
+                f"eval.fit.batch={batch}, for {len(ids)} labels: {self.context.world_size} workers cannot share it; "
+                f"nearest: {nearest(self.context.world_size, fits)}"
             )
         # A shard a label: an epoch leaves out what does not fill its last batch, and that should be others each time.
         order = Order(np.arange(len(ids) + 1), seed=self.job.seed, global_batch=batch, shuffle_window=len(ids))

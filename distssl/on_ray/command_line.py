@@ -63,9 +63,14 @@ def pretrain(config_file: Path, overrides: list[str], target: Target) -> NoRetur
     raise typer.Exit(_commands().pretrain(config_file, overrides, target, console))
 
 
-def other(name: str, command: list[str], files: dict[str, str], target: Target) -> NoReturn:
-    """Another command of launch.py on a cluster. files: by name, to lie beside launch.py there."""
-    raise typer.Exit(_commands().other(name, command, files, target, console))
+def sweep(config_file: Path, overrides: list[str], target: Target) -> NoReturn:
+    """A sweep on a cluster."""
+    raise typer.Exit(_commands().sweep(config_file, overrides, target, console))
+
+
+def other(name: str, command: list[str], demand: tuple[int, str], target: Target) -> NoReturn:
+    """Another command of launch.py on a cluster. demand: workers, and what asks for them."""
+    raise typer.Exit(_commands().other(name, command, demand, target, console))
 
 
 def _speak(command: str, *job: str | None, cluster: Path | None, address: str | None) -> NoReturn:

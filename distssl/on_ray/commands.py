@@ -11,7 +11,8 @@ from ray.job_submission import JobDetails
 from rich.console import Console
 from rich.table import Table
 
-from distssl import config, method
+from distssl import config, method, settings
+from distssl import sweep as sweeps
 from distssl.errors import ConfigError
 from distssl.on_ray import cluster, jobs, remote
 from distssl.on_ray.remote import Cluster, Errand
@@ -31,13 +32,26 @@ def pretrain(config_file: Path, overrides: list[str], target: Target, console: C
         tree = run.model_dump(mode="json")
         del tree["machine"]["cache"]  # a folder of this machine; hosts have their own
         files = {JOB_CONFIG: yaml.safe_dump(tree, sort_keys=False)}
-        return there.run(Errand(run.run_name, ["pretrain", "--config", JOB_CONFIG], files, run))
+        demand = run.machine.workers or 1, f"machine.workers={run.machine.workers}"
+        return there.run(Errand(run.run_name, ["pretrain", "--config", JOB_CONFIG], files, run, demand))
 
 
-def other(name: str, command: list[str], files: dict[str, str], target: Target, console: Console) -> int:
-    """Another command of launch.py on a cluster; the exit code."""
+def sweep(config_file: Path, overrides: list[str], target: Target, console: Console) -> int:
+    """A sweep on a cluster; the exit code."""
     with Cluster(target, console) as there:
-        return there.run(Errand(name, command, files))
+        tree = settings.read(config_file, overrides)
+        if "storage" not in tree:
+            tree["storage"] = f"{there.storage}/sweeps"
+        swept = sweeps.parse(tree)
+        files = {JOB_CONFIG: yaml.safe_dump(tree, sort_keys=False)}
+        command = ["sweep", "--config", JOB_CONFIG]
+        return there.run(Errand(f"sweep-{swept.name}", command, files, demand=swept.demand))
+
+
+def other(name: str, command: list[str], demand: tuple[int, str], target: Target, console: Console) -> int:
+    """Another command of launch.py on a cluster; the exit code. demand: as in `Errand`."""
+    with Cluster(target, console) as there:
+        return there.run(Errand(name, command, demand=demand))
 
 
 def attach(job: str | None, target: Target, console: Console) -> int:

@@ -1,22 +1,24 @@
-"""The main job as this process starts it: alone, as one of torchrun's, on its own Ray, or on the head of a cluster."""
+"""Jobs as this process starts them: alone, as one of torchrun's, on its own Ray, or on the head of a cluster."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from distssl import collectives, context, job, progress, report
+from distssl import collectives, config, context, job, progress, report
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import order
+from distssl.downstream import evaluate as evaluating
 from distssl.mirror import Mirror
 from distssl.on_ray import place
+from distssl.run_folder import Found
 
 STOPPED = 130  # the exit code of a command that was asked to stop
 
@@ -25,7 +27,7 @@ def pretrain(run: Run, console: Console, errors: Console) -> int:
     """Pretrain, show what came of it; the exit code."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _under_torchrun(run, console)
-    num_workers = _num_workers(run)
+    num_workers = _num_workers(run.machine.workers, [order.lanes_of(run)])
     console.print(f"preparing {run.data.source}", soft_wrap=True)
     data = job.prepare(run, num_workers or 1)
     console.print(f"run {run.run_name}, {num_workers or 'no'} Ray worker{'s' if num_workers != 1 else ''}")
@@ -45,6 +47,28 @@ def pretrain(run: Run, console: Console, errors: Console) -> int:
         Mirror(run.run_dir, run.run_url).pull()
     report.show(run.run_dir, console, run.run_url)
     return 0
+
+
+def evaluate(found: Found, tasks: Sequence[str] | None, num_workers: int | None, console: Console) -> None:
+    """Evaluate a run on tasks, or on all that its labels allow, and show what came of it.
+
+    num_workers: of Ray; null: this process, or one of torchrun's, and on a cluster as many as it has room for.
+    """
+    wanted = tasks or config.TASKS
+    if "TORCHELASTIC_RUN_ID" not in os.environ and (num_workers or place.on_cluster()):
+        from distssl.on_ray import evaluate as on_ray
+
+        lanes = [order.default_lanes(batch) for batch in evaluating.batches(found.run, wanted)]
+        num_workers = _num_workers(num_workers, lanes)
+        of_ray = f"{num_workers} Ray worker{'s' if num_workers != 1 else ''}"
+        console.print(f"evaluating {found.place}, {of_ray}", soft_wrap=True)
+        on_ray.run(found, tasks, num_workers)
+        report.show(found.folder, console, found.run.run_url)
+        return
+    with one_of_the_ranks(found.folder, lambda: job.folders(found.run, wanted)) as ours:
+        job.evaluate_run(found.run, ours, tasks)
+        if ours.rank == 0:
+            report.show(found.folder, console, found.run.run_url)
 
 
 def _under_torchrun(run: Run, console: Console) -> int:
@@ -73,13 +97,20 @@ def one_of_the_ranks(run_dir: Path, prepare: Callable[[], object]) -> Iterator[C
         collectives.shutdown()
 
 
-def _num_workers(run: Run) -> int:
-    """What the config says, else what the place has room for: the most that share the lanes evenly."""
-    if run.machine.workers is not None:
-        return run.machine.workers
-    lanes = order.lanes_of(run)
-    most = place.start().most if place.on_cluster() else torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    return max(num for num in range(1, most + 1) if lanes % num == 0)
+def _num_workers(asked: int | None, shared: Sequence[int]) -> int:
+    """What the user says, else what the place has room for: the most that divide each of some numbers.
+
+    Raises ConfigError where a cluster has no room for so many.
+    """
+    if place.on_cluster():
+        room = place.start()
+        room.require(asked or 1, f"--workers {asked}")
+        most = room.most
+    else:
+        most = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    if asked is not None:
+        return asked
+    return max(num for num in range(1, most + 1) if all(one % num == 0 for one in shared))
 
 
 @contextmanager

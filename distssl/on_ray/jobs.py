@@ -68,6 +68,11 @@ def name_of(job: JobDetails) -> str:
     return (job.metadata or {}).get(NAME, "")
 
 
+def command_of(job: JobDetails) -> list[str]:
+    """Of launch.py, as it was submitted."""
+    return json.loads((job.metadata or {}).get("command", "[]"))[2:]
+
+
 def submit(
     client: JobSubmissionClient,
     name: str,

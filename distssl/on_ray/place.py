@@ -89,6 +89,12 @@ def beside_driver(kind: type, **options: Any) -> Any:
     return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, **options).remote()
 
 
+def resource_of_this_host() -> str:
+    """What Ray says that this host has one of, and no other."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(f"node:{node['NodeManagerAddress']}" for node in ray.nodes() if node["NodeID"] == here)
+
+
 def _of_live_nodes() -> Workers:
     """A worker a GPU, or a node where there are none; of a cluster that somebody else runs."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

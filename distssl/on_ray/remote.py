@@ -40,13 +40,15 @@ PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")  # no keys:
 class Errand:
     """What to do there. command: of launch.py, without the options of a Target; files: by name, beside launch.py.
 
-    run: whose sizes have to fit the workers, and whose folder TensorBoard shows.
+    run: whose sizes have to fit the workers, and whose folder TensorBoard shows. demand: workers, and what asks for
+    them.
     """
 
     name: str
     command: list[str]
     files: Mapping[str, str] = field(default_factory=dict)
     run: Run | None = None
+    demand: tuple[int, str] = (1, "")
 
 
 class Cluster:
@@ -78,9 +80,7 @@ class Cluster:
         """Where its jobs' run folders lie. Raises ConfigError where nobody said."""
         found = self.file.options.storage if self.file else None
         if found is None:
-            raise ConfigError(
-                "machine.storage: hosts share no folder with this machine; say --storage s3://BUCKET/runs"
-            )
+            raise ConfigError("--storage: hosts share no folder with this machine; say --storage s3://BUCKET/runs")
         return found
 
     def say(self, text: str) -> None:
@@ -92,7 +92,7 @@ class Cluster:
             raise ConfigError(f"{self.target.cluster}: the cluster {self.name} is not up")
         self.client = self.way.connect()
 
-    def raise_up(self, run: Run | None) -> Workers | None:
+    def raise_up(self, errand: Errand) -> Workers | None:
         """Check, bring it up where it is not, connect; what it has room for, None where only the cluster knows.
 
         A head that is there is used as it is: nothing of it is restarted.
@@ -101,8 +101,9 @@ class Cluster:
         if self.file:
             self.say(f"checking {self.target.cluster}")
             workers = self.file.workers(cluster.check(self.file))
-            if run:
-                _check_workers(run, workers)
+            workers.require(*errand.demand)
+            if errand.run:
+                _check_lanes(errand.run, workers)
             if not cluster.is_up(self.file):
                 self._up()
         self.client = self.way.connect()
@@ -129,6 +130,8 @@ class Cluster:
             if self.target.down_when_done:  # first, so that no job is without it
                 self._serve(reaper.NAME, ["python", "-m", "distssl.on_ray.reaper"], folder, environment)
             for running in jobs.running(self.client, errand.name):
+                if jobs.command_of(running) != errand.command:
+                    continue  # another evaluation of the same run
                 self.say(f"job {running.submission_id} is doing that already")
                 return str(running.submission_id)
             job = jobs.submit(self.client, errand.name, ["python", "launch.py", *errand.command], folder, environment)
@@ -161,7 +164,7 @@ class Cluster:
 
     def run(self, errand: Errand) -> int:
         """Do an errand there; the exit code."""
-        job = self.submit(errand, self.raise_up(errand.run))
+        job = self.submit(errand, self.raise_up(errand))
         if self.target.detach:
             self.say(f"job {job} goes on by itself. Watch it: python launch.py attach {job} {self.options}")
             return 0
@@ -194,12 +197,9 @@ class Cluster:
             self.console.print(f"{said}. End it: python launch.py down {self.options}", soft_wrap=True, style="yellow")
 
 
-def _check_workers(run: Run, workers: Workers) -> None:
+def _check_lanes(run: Run, workers: Workers) -> None:
     """The lanes must be shared out evenly. Raises ConfigError."""
-    num = run.machine.workers or workers.most
-    lanes = order.lanes_of(run)
-    if num > workers.most:
-        raise ConfigError(f"machine.workers={num}: the cluster file has room for {workers.most}")
+    num, lanes = run.machine.workers or workers.most, order.lanes_of(run)
     if lanes % num:
         fits = [one for one in range(1, workers.most + 1) if lanes % one == 0]
         raise ConfigError(f"machine.workers={num} does not divide data.lanes={lanes}; right here: {fits}")

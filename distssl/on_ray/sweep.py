@@ -21,31 +21,36 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
-from distssl import job, sweep
+from distssl import job, run_folder, sweep
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import desk, network, place, waiting
 from distssl.on_ray.workers import last_line
+from distssl.run_folder import Found
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
 log = logging.getLogger(__name__)
 
-TUNE, TRAIN = "tune", "train"  # folders of Ray's, in the sweep's
+TUNE, TRAIN = "tune", "train"  # folders of Ray's, in the sweep's or the driver's copy of it
 WORKER_FAILURES = 3  # of a trial's workers, which go on from their checkpoint
 TRIAL_FAILURES = 1  # of a trial as a whole
 WAIT_FOR_WORKERS_S = "300"  # then a trial whose workers do not come fails and is tried again, instead of hanging
 
 
 def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome]:
-    """Run all trials on a Ray started for it; tell: called as each ends. They are kept in outcomes.jsonl too."""
-    os.environ |= {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": WAIT_FOR_WORKERS_S,
-        "RAY_AIR_NEW_OUTPUT": "0",  # the new one speaks at any verbosity
-    }
+    """Run all trials on a Ray started for it, or on the cluster whose head this is.
+
+    tell: called as each ends. They are kept in outcomes.jsonl too. Raises ConfigError where the folder holds another
+    sweep, or the cluster has no room for a batch of trials.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS_S)
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one speaks at any verbosity
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    share = place.start(swept.parallel * swept.workers, kept_cpus=1).share  # one for the trials, which wait for theirs
+    room = place.start(swept.demand[0], kept_cpus=1)  # one for the trials, which wait for theirs
     try:
-        outcomes = _run(swept, tell, share)
+        room.require(*swept.demand)
+        sweep.claim(swept)
+        outcomes = _run(swept, tell, room.share)
     finally:
         ray.shutdown()
     sweep.keep(swept, outcomes)
@@ -62,9 +67,10 @@ def _run(swept: Sweep, tell: Callable[[Outcome], None], share: dict[str, int]) -
         seed=swept.seed,
     )
     here = {"address": ray.get_runtime_context().gcs_address, "folder": str(Path.cwd())}
+    # The trial itself waits for its workers: it takes no CPU from them, and stays beside the driver and Ray's notes.
+    beside_driver = tune.PlacementGroupFactory([{place.resource_of_this_host(): 0.001}])
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, swept=swept, names=names, share=share, **here),
-        {"CPU": 0.01},  # the trial itself waits for its workers
+        tune.with_parameters(_trial, swept=swept, names=names, share=share, **here), beside_driver
     )
     scheduler = EarlierBatches(swept)
     watcher = _Watcher(scheduler.numbers, names, swept.metric, tell)
@@ -173,14 +179,20 @@ class _Watcher(tune.Callback):
 def _trial(
     point: dict[str, Any], *, swept: Sweep, names: dict[str, str], share: dict[str, int], address: str, folder: str
 ) -> None:
-    """One trial, in a process of Tune's: a TorchTrainer of its own."""
+    """One trial, in a process of Tune's beside the driver: a TorchTrainer of its own."""
     os.environ |= place.ENVIRONMENT | {"RAY_ADDRESS": address}
     os.chdir(folder)  # the user's paths count from there, and Ray starts processes elsewhere
     chosen = sweep.trial(swept, {names[key]: value for key, value in point.items()})
     the_desk = place.beside_driver(desk.Desk)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"sweep": swept, "trial": chosen, "folder": folder, "desk": the_desk},
+        # On a cluster no path counts from the driver's folder, which other hosts do not have.
+        train_loop_config={
+            "sweep": swept,
+            "trial": chosen,
+            "folder": None if place.on_cluster() else folder,
+            "desk": the_desk,
+        },
         **network.layout(swept.workers, share),
         run_config=train.RunConfig(
             name=f"trial_{tune.get_context().get_trial_id()}",
@@ -203,7 +215,8 @@ def _trial(
 
 def _work(given: dict[str, Any]) -> None:
     """One worker of a trial; what it reports last is the trial's result. What a restart cannot mend is left for it."""
-    os.chdir(given["folder"])
+    if given["folder"]:
+        os.chdir(given["folder"])
     the_desk = given["desk"]
     if ray.get(the_desk.outcomes.remote()):
         return
@@ -219,6 +232,7 @@ def _work(given: dict[str, Any]) -> None:
 
     with Context(chosen.folder) as context:
         try:
+            run_folder.require_on_every_host(Found(chosen.place, chosen.folder, chosen.run))
             metrics = job.evaluate_once(chosen.run, context, swept.task, chosen.backbone, chosen.labels, report, every)
         except (ConfigError, RunError) as error:
             desk.tell(the_desk, context.rank, error)
