@@ -198,9 +198,9 @@ class Cluster:
 
 
 def _check_lanes(run: Run, workers: Workers) -> None:
-    """The lanes must be shared out evenly. Raises ConfigError."""
-    num, lanes = run.machine.workers or workers.most, order.lanes_of(run)
-    if lanes % num:
+    """Where the user says how many workers, the lanes must be shared out to them evenly. Raises ConfigError."""
+    num, lanes = run.machine.workers, order.lanes_of(run)
+    if num and lanes % num:
         fits = [one for one in range(1, workers.most + 1) if lanes % one == 0]
         raise ConfigError(f"machine.workers={num} does not divide data.lanes={lanes}; right here: {fits}")
 
