@@ -1,4 +1,4 @@
-"""On a cluster: ask the job of a name to save a checkpoint and stop."""
+"""On a cluster: ask the job of a name to save a checkpoint and stop; 1 where it has no ears for that."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from distssl.on_ray import desk, place
 def main(name: str) -> None:
     place.start()
     found = desk.find(name)
-    if found is not None:
-        ray.get(found.ask_to_stop.remote())
+    if found is None:
+        sys.exit(1)
+    ray.get(found.ask_to_stop.remote())
 
 
 if __name__ == "__main__":

@@ -76,9 +76,8 @@ def stop(job: str | None, target: Target, console: Console) -> int:
             raise ConfigError(f"JOB {found.submission_id}: has ended ({found.status})")
         there.say(f"asking {found.submission_id} to save a checkpoint and stop")
         saved = remote.stop(there, found)
-        there.say(
-            "stopped; the same command goes on from the last checkpoint" if saved else "ended without a checkpoint"
-        )
+        from_where = "the last checkpoint" if saved else "what it had finished or saved before"
+        there.say(f"{'stopped' if saved else 'ended at once'}; the same command goes on from {from_where}")
     return 0
 
 

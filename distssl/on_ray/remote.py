@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray.job_submission import JobDetails, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from distssl.config import Run
@@ -206,12 +206,13 @@ def _check_lanes(run: Run, workers: Workers) -> None:
 
 
 def stop(there: Cluster, found: JobDetails) -> bool:
-    """Ask a job to save and stop, and end it where it does not; whether it ended by itself."""
+    """Ask a job to save and stop, and end one that cannot be asked or does not; whether it ended by itself."""
     job, asking = str(found.submission_id), ["python", "-m", "distssl.on_ray.ask_to_stop", jobs.name_of(found)]
     with jobs.shipment({}) as folder:
         asked = jobs.submit(there.client, "ask-to-stop", asking, folder, {place.CLUSTER: there.name}, kind="service")
     jobs.wait(there.client, asked, 60)
-    if jobs.wait(there.client, job, STOP_S):
+    has_ears = there.client.get_job_status(asked) != JobStatus.FAILED
+    if has_ears and jobs.wait(there.client, job, STOP_S):
         return True
     there.client.stop_job(job)
     if not jobs.wait(there.client, job, 60):
