@@ -16,12 +16,14 @@ ROOT = Path(__file__).parent.parent.parent
 class Command:
     """A command of launch.py that runs."""
 
-    def __init__(self, arguments: tuple[object, ...], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: tuple[object, ...], environment: Mapping[str, str], log: Path, code: Path = ROOT
+    ) -> None:
         self.log = log
         with open(log, "wb") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "launch.py", *map(str, arguments)],
-                cwd=ROOT,
+                cwd=code,
                 env=dict(environment),
                 stdout=said,
                 stderr=subprocess.STDOUT,
@@ -57,12 +59,16 @@ class Command:
 
 
 class User:
+    """code: where their launch.py lies."""
+
     def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
         self.environment, self.folder = environment, folder
+        self.code = ROOT
         self.commands: list[Command] = []
 
     def start(self, *arguments: object) -> Command:
-        command = Command(arguments, self.environment, self.folder / f"command{len(self.commands)}.log")
+        log = self.folder / f"command{len(self.commands)}.log"
+        command = Command(arguments, self.environment, log, self.code)
         self.commands.append(command)
         return command
 
