@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import browser
-from tests.cluster import hosts
+from tests import browser, buckets
+from tests.cluster import hosts, two_hosts
 from tests.cluster.cloud import Cloud
+from tests.cluster.two_hosts import TwoHosts
 from tests.cluster.user import User
 
 
@@ -51,3 +52,18 @@ def user(cloud: Cloud, shared: Path) -> Iterator[User]:
     made = User(cloud.environment, shared)
     yield made
     made.close()
+
+
+@pytest.fixture
+def pair(namespaces: None, shared: Path) -> Iterator[TwoHosts]:
+    with two_hosts.started(shared) as made:
+        yield made
+
+
+@pytest.fixture
+def store(pair: TwoHosts) -> Iterator[buckets.Server]:
+    """An object store that both hosts and their user reach."""
+    server = buckets.Server(hosts.GATEWAY)
+    pair.reach(server)
+    yield server
+    server.close()

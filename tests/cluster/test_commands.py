@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,16 @@ import yaml
 from distssl.downstream.rows import SUMMARY, Row, read_summary
 from distssl.on_ray import jobs
 from tests import buckets, runs
-from tests.cluster import hosts
-from tests.cluster.hosts import Network
-from tests.cluster.test_onprem import cluster_file, network, user  # noqa: F401 - fixtures
-from tests.cluster.user import ROOT, User
+from tests.cluster.two_hosts import TwoHosts
+from tests.cluster.user import ROOT
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(900)]
 
 FIT = ["eval.fit.steps=4", "eval.fit.batch=8", "eval.num_seeds=1", 'eval.labels=["3/class"]']
 
 
-@pytest.fixture
-def store(network: Network) -> Iterator[buckets.Server]:  # noqa: F811
-    """An object store that the hosts reach."""
-    server = buckets.Server(hosts.GATEWAY)
-    yield server
-    server.close()
-
-
-def test_verify_evaluate_and_sweep_on_two_hosts(
-    network: Network,  # noqa: F811
-    user: User,  # noqa: F811
-    store: buckets.Server,
-    shared: Path,
-) -> None:
-    user.environment = {**user.environment, **buckets.KEYS, "AWS_ENDPOINT_URL": store.endpoint}
-    file = cluster_file(network, shared, **buckets.KEYS)
+def test_verify_evaluate_and_sweep_on_two_hosts(pair: TwoHosts, store: buckets.Server, shared: Path) -> None:
+    user, file = pair.user, pair.file()
     run = pretrained(shared)
     bucket = store.make_bucket("distssl-test")
     put(store, run, "runs/base")

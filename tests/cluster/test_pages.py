@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import browser, buckets, runs
 from tests.browser import Browser
-from tests.cluster import hosts
-from tests.cluster.hosts import Network
-from tests.cluster.test_onprem import HEAD, SETTINGS, WORKER, cluster_file, network, user  # noqa: F401 - fixtures
-from tests.cluster.user import User, wait
+from tests.cluster.two_hosts import HEAD, SETTINGS, WORKER, TwoHosts
+from tests.cluster.user import wait
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(600)]
 
@@ -25,24 +22,12 @@ LONG = [*SETTINGS, "train.epochs=4000", "train.log_every=200"]
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-@pytest.fixture
-def store(network: Network) -> Iterator[buckets.Server]:  # noqa: F811
-    """An object store that the hosts reach."""
-    server = buckets.Server(hosts.GATEWAY)
-    yield server
-    server.close()
-
-
 def test_the_pages_of_a_run_on_two_hosts_show_it_also_after_the_connection_was_cut(
-    chromium: str,
-    network: Network,  # noqa: F811
-    store: buckets.Server,
-    user: User,  # noqa: F811
-    shared: Path,
+    chromium: str, pair: TwoHosts, store: buckets.Server, shared: Path
 ) -> None:
-    user.environment = {**user.environment, **buckets.KEYS, "AWS_ENDPOINT_URL": store.endpoint}
+    user = pair.user
     storage = f"{store.make_bucket(BUCKET)}/runs"
-    file, packed = cluster_file(network, shared, **buckets.KEYS), runs.packed(shared / "photos", num=112)
+    file, packed = pair.file(), runs.packed(shared / "photos", num=112)
     start = ["--cluster", file, f"data.source={packed}", *LONG]
     run = user.start(*start, "name=seen", "--storage", storage)
     run.until(lambda said: "TensorBoard:" in said, "the addresses", 240)
@@ -61,7 +46,7 @@ def test_the_pages_of_a_run_on_two_hosts_show_it_also_after_the_connection_was_c
         check_hosts(page, dashboard)
         assert train_runs(dashboard, password) == [("seen", "RUNNING")]
 
-        network.hosts["head"].hang_up()
+        pair.network.hosts["head"].hang_up()
         run.until(lambda said: "the connection is lost" in said, "that the connection is lost", 60)
         run.until(lambda said: "step " in said.partition("the connection is lost")[2], "another step", 120)
         assert losses(board)
