@@ -91,7 +91,7 @@ def _class_of(kind: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{kind}:// needs a package: {str(error).splitlines()[0]}") from None
     except ValueError:
-        raise ValueError(f"{kind}:// is not known; a path, or a URL such as s3://bucket/runs, is right") from None
+        raise ValueError(f"{kind}:// is not known; a path, or a URL such as s3://bucket/folder, is right") from None
 
 
 def patiently(

@@ -46,7 +46,7 @@ def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome]:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS_S)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one speaks at any verbosity
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    room = place.start(swept.demand[0], kept_cpus=1)  # one for the trials, which wait for theirs
+    room = place.start(swept.demand[0])
     try:
         room.require(*swept.demand)
         sweep.claim(swept)

@@ -141,12 +141,12 @@ def test_tars_come_in_the_order_of_their_first_use(server: ObjectServer, tmp_pat
 def test_a_killed_downloader_is_taken_over_from_where_it_was(
     server: ObjectServer, local: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half = threading.Event()
+    half, over = threading.Event(), threading.Event()
 
     def stall(asked: Asked) -> Fault | None:
-        if asked.method == "GET" and asked.name.endswith(".tar") and asked.start >= 16384 and not half.is_set():
+        if asked.method == "GET" and asked.name.endswith(".tar") and asked.start >= 16384 and not over.is_set():
             half.set()
-            return Fault(after_s=3.0)
+            return Fault(after_s=5.0)
         return None
 
     for path in server.folder.glob("*.tar"):
@@ -158,6 +158,7 @@ def test_a_killed_downloader_is_taken_over_from_where_it_was(
     time.sleep(0.1)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
+    over.set()
     parts = {path.name.split(".")[0]: path.stat().st_size for path in (tmp_path / "tars").glob("*.part")}
     assert max(parts.values()) == 16384
     server.asked.clear()

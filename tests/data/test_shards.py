@@ -103,7 +103,7 @@ def test_two_processes_that_pack_the_same_take_turns(photos, tmp_path):
         ("no/such/place", "does not exist"),
         ("no/such/place/*.tar", "does not exist"),
         ("nowhere.tar", "does not exist"),
-        ("s4://bucket/*.tar", "cannot be read"),
+        ("s4://bucket/*.tar", "is not known"),
         ("text", "holds no image"),
     ],
 )
