@@ -220,7 +220,7 @@ def evaluate_run(run: Run, context: Context, tasks: Sequence[str] | None, data: 
     if not tasks:
         raise ConfigError(f"eval.source={run.eval.source}: has labels of no task; labelled images are right")
     for task in tasks:
-        evaluate.check(task, judge.labelled(evaluate.kind(task)), run.eval.num_classes)
+        judge.check(task)
     _score(judge, context, tasks, backbones)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distssl import background
 from distssl.monitor import METRICS
 
 POLL_S = 0.5
@@ -29,17 +30,11 @@ def describe(metrics: dict) -> str:
 @contextmanager
 def follow(run_dir: Path, console: Console) -> Iterator[None]:
     """Show the run's steps while the block runs: a bar on a terminal, lines elsewhere."""
-    done = threading.Event()
     show = _bar if console.is_terminal else _lines
     path = run_dir / METRICS
     start = path.stat().st_size if path.exists() else 0  # here, so that no line is missed before the thread looks
-    thread = threading.Thread(target=show, args=(_records(path, start, done), console), daemon=True)
-    thread.start()
-    try:
+    with background.beside(lambda done: show(_records(path, start, done), console), "progress"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextmanager

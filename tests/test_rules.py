@@ -18,7 +18,7 @@ CONFIGS = [ROOT / "configs/default.yaml", *sorted((ROOT / "configs/pretrain").gl
 # Data-flow order: a module imports only from its own level and those before it.
 LEVELS = [
     ["errors"],
-    ["atomic", "settings", "stores"],
+    ["atomic", "background", "settings", "stores"],
     ["remote"],
     ["mirror"],
     ["config"],

@@ -54,13 +54,18 @@ def kind(task: str) -> str:
     return labels.LABEL if task in config.FROZEN_TASKS else network(task).kind
 
 
-def check(task: str, data: Labelled, num_classes: int | None) -> None:
-    """Raises ConfigError where the labels of a task are wrong. num_classes: eval.num_classes."""
-    if task in config.FITTED_TASKS:
-        chosen = network(task)
-        chosen.facts_of(data, num_classes)
-        for dataset, ids in data.parts:
-            chosen.annotations(dataset, ids)
+def check(task: str, data: Labelled, num_classes: int | None) -> Facts | None:
+    """What a network trained for the task must know of the labels; None of a task that trains none.
+
+    num_classes: eval.num_classes. Raises ConfigError where the labels are wrong.
+    """
+    if task not in config.FITTED_TASKS:
+        return None
+    chosen = network(task)
+    facts = chosen.facts_of(data, num_classes)
+    for dataset, ids in data.parts:
+        chosen.annotations(dataset, ids)
+    return facts
 
 
 def batches(run: Run, tasks: Sequence[str]) -> set[int]:
@@ -97,6 +102,12 @@ class Evaluation:
         return {
             task: labels.WHERE[kind(task)] for task in tasks if not all(labels.has(each, kind(task)) for each in sets)
         }
+
+    def check(self, task: str) -> None:
+        """Raises ConfigError where there are no labels for a task, or wrong ones."""
+        facts = check(task, self.labelled(kind(task)), self.cfg.num_classes)
+        if facts:
+            self._facts[task] = facts
 
     def labelled(self, kind: str) -> Labelled:
         """Raises ConfigError where there are no labels of this kind."""

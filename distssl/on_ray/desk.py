@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
+from distssl import collectives
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import place
 
@@ -88,10 +91,26 @@ def tell(the_desk: Any, rank: int, outcome: Any) -> None:
     ray.get(the_desk.tell.remote(rank, _outcome_of(outcome)))
 
 
-def all_told(the_desk: Any, world_size: int) -> bool:
+@contextmanager
+def mistakes_told(the_desk: Any) -> Iterator[None]:
+    """On each worker: leave a ConfigError or RunError of the block for the driver, which ends the block.
+
+    It is raised again where not every worker has told of one: the others wait for this one in a collective, and a
+    restart ends them.
+    """
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        tell(the_desk, collectives.rank(), error)
+        if not _all_told(the_desk):
+            raise
+
+
+def _all_told(the_desk: Any) -> bool:
     """Whether every worker has told of an outcome, or does within GRACE_S."""
     deadline = time.monotonic() + GRACE_S
-    while (some := len(ray.get(the_desk.outcomes.remote())) < world_size) and time.monotonic() < deadline:
+    num = collectives.world_size()
+    while (some := len(ray.get(the_desk.outcomes.remote())) < num) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not some
 

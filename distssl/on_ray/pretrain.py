@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from ray import train
 from ray.exceptions import RayActorError
 
-from distssl import job, monitor
+from distssl import background, job, monitor
 from distssl.config import Run
 from distssl.context import Context
 from distssl.errors import ConfigError
@@ -153,27 +153,17 @@ def _pretrain(run: Run, folders: job.Folders | None, home: str, the_desk: Any) -
     return finished
 
 
-@contextlib.contextmanager
-def _noting(the_desk: Any, run: Run) -> Iterator[None]:
+def _noting(the_desk: Any, run: Run) -> AbstractContextManager[None]:
     """Write the metrics that workers elsewhere tell of into the driver's copy of the run folder."""
-    done = threading.Event()
 
-    def write() -> None:
+    def write(done: threading.Event) -> None:
         last = False
         while not last:
             last = done.wait(NOTED_EVERY_S)
             with open(run.run_dir / monitor.METRICS, "a") as file:
                 file.writelines(f"{line}\n" for line in ray.get(the_desk.take.remote()))
 
-    thread = threading.Thread(target=write, daemon=True)
-    if run.run_url is not None:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if thread.is_alive():
-            thread.join()
+    return background.beside(write, "notes") if run.run_url is not None else nullcontext()
 
 
 def _forget(run: Run) -> None:

@@ -183,7 +183,7 @@ def _trial(
     os.environ |= place.ENVIRONMENT | {"RAY_ADDRESS": address}
     os.chdir(folder)  # the user's paths count from there, and Ray starts processes elsewhere
     chosen = sweep.trial(swept, {names[key]: value for key, value in point.items()})
-    the_desk = place.beside_driver(desk.Desk)
+    the_desk = desk.open_unnamed()
     trainer = TorchTrainer(
         _work,
         # On a cluster no path counts from the driver's folder, which other hosts do not have.
@@ -230,16 +230,10 @@ def _work(given: dict[str, Any]) -> None:
         reported.append(step)
         train.report({**metrics, "step": step, "steps": steps})
 
-    with Context(chosen.folder) as context:
-        try:
-            run_folder.require_on_every_host(Found(chosen.place, chosen.folder, chosen.run))
-            metrics = job.evaluate_once(chosen.run, context, swept.task, chosen.backbone, chosen.labels, report, every)
-        except (ConfigError, RunError) as error:
-            desk.tell(the_desk, context.rank, error)
-            if not desk.all_told(the_desk, context.world_size):
-                raise  # the others wait for this one in a collective: a restart ends them, and goes no further
-            return
-    if not reported:
-        train.report(metrics)
-    if context.rank == 0:
-        desk.tell(the_desk, 0, True)
+    with Context(chosen.folder) as context, desk.mistakes_told(the_desk):
+        run_folder.require_on_every_host(Found(chosen.place, chosen.folder, chosen.run))
+        metrics = job.evaluate_once(chosen.run, context, swept.task, chosen.backbone, chosen.labels, report, every)
+        if not reported:
+            train.report(metrics)
+        if context.rank == 0:
+            desk.tell(the_desk, 0, True)

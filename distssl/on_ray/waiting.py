@@ -5,14 +5,14 @@ Ray keeps the cloud's reason in the log of its autoscaler alone, on the head.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import ray
@@ -20,6 +20,7 @@ from ray._private import state, worker
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util import placement_group_table
 
+from distssl import background
 from distssl.on_ray import place
 
 log = logging.getLogger(__name__)
@@ -34,19 +35,9 @@ LAUNCH_ERROR = re.compile(r"^Node Launch Exception \((\w+)\)")
 Resources = Mapping[str, float]
 
 
-@contextlib.contextmanager
-def told() -> Iterator[None]:
+def told() -> AbstractContextManager[None]:
     """While the block runs, say what this job's workers wait for."""
-    done = threading.Event()
-    thread = threading.Thread(target=_tell, args=(done,), name="waiting", daemon=True)
-    if place.on_cluster():
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if thread.is_alive():
-            thread.join()
+    return background.beside(_tell, "waiting") if place.on_cluster() else nullcontext()
 
 
 def _tell(done: threading.Event) -> None:

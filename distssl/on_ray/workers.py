@@ -13,7 +13,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distssl import collectives
-from distssl.errors import ConfigError, RunError
+from distssl.errors import RunError
 from distssl.on_ray import desk, network, waiting
 
 Work = Callable[[Any], Any]  # what each worker does, given the driver's desk; picklable
@@ -75,15 +75,10 @@ def _work(given: dict[str, Any]) -> None:
     the_desk = given["desk"]
     if any("finished" not in outcome for outcome in ray.get(the_desk.outcomes.remote())):
         return
-    try:
+    with desk.mistakes_told(the_desk):
         found = given["work"](the_desk)
-    except (ConfigError, RunError) as error:
-        desk.tell(the_desk, collectives.rank(), error)
-        if not desk.all_told(the_desk, collectives.world_size()):
-            raise  # the others wait for this one in a collective: a restart ends them, and goes no further
-        return
-    if collectives.rank() == 0:
-        desk.tell(the_desk, 0, found)
+        if collectives.rank() == 0:
+            desk.tell(the_desk, 0, found)
 
 
 def last_line(error: BaseException) -> str:
