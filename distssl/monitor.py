@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from distssl import atomic
-from distssl.data import augment
+from distssl.data import pixels
 from distssl.data.quarantine import Entry
 
 log = logging.getLogger(__name__)
@@ -75,11 +75,10 @@ class Monitor:
         """A row a sample, a column a view; smaller views are padded. views: [N, 3, H, W] each, normalised."""
         from torchvision.utils import make_grid
 
-        mean, std = torch.tensor(augment.MEAN)[:, None, None], torch.tensor(augment.STD)[:, None, None]
         height, width = (max(view.shape[dim] for view in views) for dim in (2, 3))
         shown = [
             F.pad(
-                (view.float().cpu() * std + mean).clamp(0, 1),
+                pixels.rgb(view.float().cpu()).clamp(0, 1),
                 (0, width - view.shape[3], 0, height - view.shape[2]),
                 value=1,
             )

@@ -57,7 +57,7 @@ class Training:
         self.plan = plan.of_run(run, dataset, context.world_size)
         self.quarantine = quarantine.Quarantine()
         self.dtype = precision.resolve(run.train.precision, context.device)
-        precision.speed_up_float32_matmul()
+        precision.speed_up_float32_matmul(context.device)
         state = mirrored.newest(context, context.run_dir)
         start = None if state else Weights.kept(run.model, context)
         self.method = norm.placed(method.build(run, start), context.device, self.dtype)

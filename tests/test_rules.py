@@ -61,7 +61,7 @@ DATA = [
     ["draws"],
     ["order", "balanced_order", "sample", "quarantine"],
     ["augment", "windows"],
-    ["patches", "randaugment", "corruptions"],
+    ["pixels", "patches", "randaugment", "corruptions"],
     ["graph"],
     ["loader"],
 ]

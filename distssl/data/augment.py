@@ -89,6 +89,19 @@ class Asymmetric(Augment):
         return self.model_copy(update={"blur": self.second_blur, "solarize": self.second_solarize})
 
 
+class LargeCrop(Augment):
+    """SwAV's large crops (Caron et al., NeurIPS 2020, https://arxiv.org/abs/2006.09882)."""
+
+    crop_area: tuple[float, float] = (0.14, 1.0)
+
+
+class SmallCrop(Augment):
+    """SwAV's small crops."""
+
+    size_px: int = Field(default=96, ge=8)
+    crop_area: tuple[float, float] = (0.05, 0.14)
+
+
 def view(sample: Sample, cfg: Augment) -> Any:
     """One augmented view: float32 [size_px, size_px, 3], normalised."""
     draws, device = sample.draws, sample.device

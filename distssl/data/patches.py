@@ -61,13 +61,6 @@ def unstack(stacked: torch.Tensor, num: int) -> torch.Tensor:
     return stacked.unflatten(2, (num, -1)).transpose(1, 2)
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
-    """[..., 3, H, W] in 0..255 -> what augment.normalise makes of them in the graph, float32 at least."""
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    mean, std = (images.new_tensor(rgb)[:, None, None] for rgb in (augment.MEAN, augment.STD))
-    return (images / 255 - mean) / std
-
-
 def laid_out(tiles: torch.Tensor, grid: int) -> torch.Tensor:
     """[N, grid**2, C, t, t] -> [N, C, H, W], row by row with a gap of two pixels."""
     framed = F.pad(tiles, (1, 1, 1, 1)).unflatten(1, (grid, grid))  # [N, rows, columns, C, t + 2, t + 2]

@@ -20,7 +20,7 @@ from distssl.downstream import labels
 from distssl.downstream.labels import Labelled
 from distssl.downstream.task import Facts, Network, Views, counted_mean, unnormalised
 from distssl.errors import ConfigError
-from distssl.nn.skip_head import SkipHead, pyramid_channels
+from distssl.nn.skip_head import SkipHead
 
 DELTA = 1.25
 
@@ -31,7 +31,8 @@ class Depth(Network):
     pictures_an_image = 3
 
     def build(self) -> None:
-        self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), 1)
+        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
+        self.head = SkipHead(channels, 1)
         self.head.start_from(self.facts.log_depth)
 
     @classmethod

@@ -26,7 +26,6 @@ from distssl.downstream.labels import Boxes, Labelled
 from distssl.downstream.task import Facts, Network, Recipe, Views, unnormalised
 from distssl.errors import ConfigError
 from distssl.nn.backbones import Backbone
-from distssl.nn.skip_head import pyramid_channels
 
 STRIDES_AN_ANCHOR = 8  # the side of a level's anchors, in its strides, as in torchvision's default
 VISIBLE = 0.25  # of a box's area must be in the window
@@ -41,7 +40,7 @@ class Detect(Network):
     def build(self) -> None:
         if self.how.size_px % MULTIPLE:  # torchvision would pad the images, and put the anchors elsewhere
             raise ConfigError(f"eval.fit.size_px={self.how.size_px}: detection needs a multiple of {MULTIPLE}")
-        channels = pyramid_channels(self.backbone, self.how.size_px)
+        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
         width = min(256, max(32, channels[-1] // 8))  # a ResNet-50's is the paper's
         pyramid = _Pyramid(self.backbone, channels, width)
         sides = [x.shape[-1] for x in pyramid.eval()(torch.zeros(1, 3, self.how.size_px, self.how.size_px)).values()]

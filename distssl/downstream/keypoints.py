@@ -21,7 +21,7 @@ from distssl.downstream import frames, labels
 from distssl.downstream.labels import Labelled
 from distssl.downstream.task import Facts, Network, Recipe, Views, counted_mean, unnormalised
 from distssl.errors import ConfigError
-from distssl.nn.skip_head import SkipHead, pyramid_channels
+from distssl.nn.skip_head import SkipHead
 
 SIGMA = 1.0  # of the Gaussian, in places of the heatmap
 AROUND = 2  # places to each side of the maximum
@@ -33,7 +33,8 @@ class Keypoints(Network):
     recipe: ClassVar[Recipe] = dataclasses.replace(Recipe(), flip=0.0)
 
     def build(self) -> None:
-        self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), self.facts.num_points)
+        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
+        self.head = SkipHead(channels, self.facts.num_points)
 
     @classmethod
     def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:

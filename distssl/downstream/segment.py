@@ -16,7 +16,7 @@ from distssl.downstream import labels
 from distssl.downstream.labels import Labelled
 from distssl.downstream.task import Facts, Network, Views, counted_mean, unnormalised
 from distssl.errors import ConfigError
-from distssl.nn.skip_head import SkipHead, pyramid_channels
+from distssl.nn.skip_head import SkipHead
 
 IGNORED = 255  # the class of a pixel that has none
 
@@ -26,7 +26,8 @@ class Segment(Network):
     target = "mask"
 
     def build(self) -> None:
-        self.head = SkipHead(pyramid_channels(self.backbone, self.how.size_px), self.facts.num_classes)
+        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
+        self.head = SkipHead(channels, self.facts.num_classes)
 
     @classmethod
     def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distssl import collectives
 from distssl.config import Fit
-from distssl.data import augment
+from distssl.data import augment, pixels
 from distssl.data.sample import Sample
 from distssl.data.shards import Dataset
 from distssl.data.windows import Window
@@ -182,5 +182,4 @@ def counted_mean(total: Tensor, count: Tensor) -> Tensor:
 
 def unnormalised(images: Tensor) -> Tensor:
     """Views [N, 3, H, W] -> uint8 pictures."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (augment.MEAN, augment.STD))
-    return ((images.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return (pixels.rgb(images.float()).clamp(0, 1) * 255).round().to(torch.uint8).cpu()

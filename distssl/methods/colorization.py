@@ -75,7 +75,7 @@ class Colorization(method.Method):
     counts: Tensor
 
     def build(self) -> None:
-        channels, _, _ = decoders.map_shape(self.backbone, self.cfg.augment.size_px)
+        channels, _, _ = self.backbone.use_maps(self.cfg.augment.size_px)[-1]
         self.bins = ab_bins.Bins()
         self.decoder = decoders.Decoder(channels, self.cfg.decoder, len(self.bins))
         # Whole numbers: exact after any number of pixels, and the same in whatever order ranks add theirs.

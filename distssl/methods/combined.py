@@ -87,7 +87,7 @@ class Combined(method.Method):
         outputs: dict[str, torch.Tensor] = {}
         total = []
         for name, part in self._methods():
-            part.epoch, part.num_steps = self.epoch, self.num_steps
+            part.epoch, part.num_steps, part.progress = self.epoch, self.num_steps, self.progress
             of_part = part.loss(_own_views(name, views))
             total.append(self.cfg.parts[name]["weight"] * of_part["loss"])
             outputs |= {f"{name}/{key}": value for key, value in of_part.items() if value.ndim == 0}
@@ -97,8 +97,14 @@ class Combined(method.Method):
 
     def on_epoch_start(self, epoch: int, features: Embedded | None = None) -> dict[str, float]:
         del features
-        figures = [(name, part.on_epoch_start(epoch)) for name, part in self._methods()]
-        return {f"{name}/{key}": value for name, found in figures for key, value in found.items()}
+        figures = {}
+        for name, part in self._methods():
+            part.epoch = epoch
+            figures |= {f"{name}/{key}": value for key, value in part.on_epoch_start(epoch).items()}
+        return figures
+
+    def made_anew(self) -> list[nn.Parameter]:
+        return [parameter for _, part in self._methods() for parameter in part.made_anew()]
 
     def on_step_end(self, progress: float) -> None:
         for _, part in self._methods():

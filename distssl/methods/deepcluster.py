@@ -89,6 +89,7 @@ class DeepCluster(method.Method):
         return losses.classification(self.classifier(features), labels)
 
     def embed(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, D] before the last ReLU."""
         return self.projector(self.backbone(images))
 
     @torch.no_grad()

@@ -29,20 +29,12 @@ from torch import Tensor
 
 from distssl import collectives, method
 from distssl.data import augment, draws
+from distssl.data.augment import LargeCrop, SmallCrop
 from distssl.errors import ConfigError, RunError
-from distssl.nn import cluster_health, heads, kmeans
+from distssl.nn import cluster_health, heads, kmeans, multi_crop
 from distssl.nn.per_sample import Embedded, PerSample
 
 NONE = -1
-
-
-class Large(augment.Augment):
-    crop_area: tuple[float, float] = (0.14, 1.0)
-
-
-class Small(augment.Augment):
-    size_px: int = Field(default=96, ge=8)
-    crop_area: tuple[float, float] = (0.05, 0.14)
 
 
 class Config(method.Options):
@@ -52,9 +44,9 @@ class Config(method.Options):
     clusters: tuple[int, ...] = Field(default=(3000, 3000, 3000), min_length=1, description="K of each clustering")
     iterations: PositiveInt = Field(default=10, description="of k-means")
     temperature: float = Field(default=0.1, gt=0)
-    augment: Large = Large()
+    augment: LargeCrop = LargeCrop()
     num_local: NonNegativeInt = Field(default=6, description="small crops beside the two large ones")
-    local: Small = Small()
+    local: SmallCrop = SmallCrop()
 
     small: ClassVar = {
         "projector": [32, 16],
@@ -84,11 +76,7 @@ class DeepClusterV2(method.Method):
         return augment.multi_crop(sample, cfg.augment, cfg.local, cfg.num_local)
 
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        large = torch.cat([views["a"], views["b"]])  # [2N, 3, H, W]
-        z = list(self.embed(large).chunk(2))  # [N, D] each
-        if self.cfg.num_local:
-            small = torch.cat([views[f"local{i}"] for i in range(self.cfg.num_local)])
-            z += self.embed(small).chunk(self.cfg.num_local)
+        z = multi_crop.outputs(self.embed, views, self.cfg.num_local)  # [N, D] each
         with torch.autocast(z[0].device.type, enabled=False):
             loss, accuracy = self._predict(torch.stack(z), views["id"])
         self.memory.put(views["id"], z[0])
@@ -98,7 +86,7 @@ class DeepClusterV2(method.Method):
         """z [V, N, D] -> the mean over heads, crops and the global batch's images that have clusters, and accuracy."""
         labels = self.assignments.values[ids]  # [N, H]
         known = (labels[:, 0] != NONE).to(z.dtype)  # [N]
-        weights = known / (collectives.sum_(known.sum()) / collectives.world_size()).clamp_min(1.0)
+        weights = collectives.world_size() * known / collectives.sum_(known.sum()).clamp_min(1.0)
         scores = (z @ self.prototypes.T / self.cfg.temperature).split(self.cfg.clusters, dim=2)  # H of [V, N, K]
         losses, hits = [], []
         for of_head, label in zip(scores, labels.clamp_min(0).T, strict=True):
@@ -108,6 +96,7 @@ class DeepClusterV2(method.Method):
         return torch.stack(losses).mean(), torch.stack(hits).mean().detach()
 
     def embed(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> unit vectors [N, D]."""
         z = self.projector(self.backbone(images))
         return F.normalize(z.to(self.prototypes.dtype), dim=1)
 

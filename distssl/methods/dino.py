@@ -1,17 +1,20 @@
 """DINO: a student's distribution over outputs, from any crop, follows a slow teacher's, from another large crop.
 
-    L = mean over teacher crops s, student crops t != s of  -sum_k P_s^k log P_t^k                               (eq. 3)
-    P_t = softmax(g_t / tau_student),    P_s = softmax((g_s - c) / tau_teacher)
-    c <- m c + (1 - m) mean of g_s over the global batch and both large crops                                    (eq. 4)
+    L = mean over large crops x, crops x' != x of  -sum_k P_t(x)^k log P_s(x')^k                                (eq. 3)
+    P_s = softmax(g_s / tau_s),    P_t = softmax((g_t - c) / tau_t)
+    c <- m c + (1 - m) mean of g_t over the global batch and both large crops                                    (eq. 4)
 
-g the head's outputs; the teacher is the student's moving average.
+g the outputs of the student's head and of the teacher's, which is the student's moving average.
 
 Mathilde Caron, Hugo Touvron, Ishan Misra, Herve Jegou, Julien Mairal, Piotr Bojanowski, Armand Joulin: Emerging
 Properties in Self-Supervised Vision Transformers. ICCV 2021. https://arxiv.org/abs/2104.14294
 
-What is evaluated is the teacher, as in the paper. While the last layer is frozen its gradient is zero; the published
-code drops it. The published weight decay grows from 0.04 to 0.4; here it is the run's, constant. A timm ViT takes the
-small crops with model.options={dynamic_img_size: true}.
+What is evaluated is the teacher, as in the paper. A timm ViT takes the small crops with
+model.options={dynamic_img_size: true}.
+
+Deviations. While the last layer is frozen its gradient is zero, where the published code drops it; the optimiser
+forgets those steps. Its rows are unit vectors, as by default there. The published weight decay grows from 0.04 to 0.4;
+here it is the run's, constant. train.clip_norm is of the whole gradient, where that code clips each parameter's.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from torch import Tensor, nn
 
 from distssl import collectives, method
 from distssl.data import augment
-from distssl.data.augment import Asymmetric, Augment
-from distssl.nn import backbones, losses, teacher
+from distssl.data.augment import Asymmetric, SmallCrop
+from distssl.nn import backbones, losses, multi_crop, teacher
+from distssl.nn.heads import cosines
 from distssl.nn.teacher import Teacher
 
 
@@ -34,8 +38,7 @@ class Large(Asymmetric):
     crop_area: tuple[float, float] = (0.4, 1.0)
 
 
-class Small(Augment):
-    size_px: int = Field(default=96, ge=8)
+class Small(SmallCrop):
     crop_area: tuple[float, float] = (0.05, 0.4)
     brightness: float = Field(default=0.4, ge=0, le=1)
     contrast: float = Field(default=0.4, ge=0, le=1)
@@ -86,8 +89,9 @@ class Head(nn.Module):
         self.last = nn.Linear(bottleneck, outputs, bias=False)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """frozen: the last layer gets a gradient of zero."""
         weight = self.last.weight.detach() + 0 * self.last.weight if frozen else self.last.weight
-        return F.linear(F.normalize(self.mlp(x), dim=1), F.normalize(weight, dim=1))
+        return cosines(self.mlp(x), F.normalize(weight, dim=1))
 
 
 class DINO(method.Method):
@@ -107,30 +111,30 @@ class DINO(method.Method):
         return augment.multi_crop(sample, cfg.augment, cfg.local, cfg.num_local)
 
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        large = torch.cat([views["a"], views["b"]])  # [2N, 3, H, W]
         frozen = self.epoch < self.cfg.freeze_last_layer_epochs
-        features = self.backbone(large)  # [2N, features]
-        student = list(self.head(features, frozen).chunk(2))  # [N, K] each
-        if self.cfg.num_local:
-            small = torch.cat([views[f"local{i}"] for i in range(self.cfg.num_local)])
-            student += self.head(self.backbone(small), frozen).chunk(self.cfg.num_local)
-        outputs = self.teacher(large).to(self.centre.dtype)  # [2N, K]
+        features = multi_crop.outputs(self.backbone, views, self.cfg.num_local)  # [N, features] each
+        student = self.head(torch.cat(features), frozen).chunk(len(features))  # [N, K] each
+        outputs = self.teacher(torch.cat([views["a"], views["b"]])).to(self.centre.dtype)  # [2N, K]
         self._means.append(collectives.sum_(outputs.mean(0)) / collectives.world_size())
         terms = []
-        for s, of_teacher in enumerate(outputs.chunk(2)):
+        for crop, of_teacher in enumerate(outputs.chunk(2)):
             p = ((of_teacher - self.centre) / self.temperature()).softmax(1)  # [N, K]
             terms += [
                 losses.soft_cross_entropy(of_student, p, self.cfg.student_temperature)
-                for t, of_student in enumerate(student)
-                if t != s
+                for other, of_student in enumerate(student)
+                if other != crop
             ]
-        return {"loss": torch.stack(terms).mean(), "embeddings": torch.stack(features.detach().chunk(2))}
+        return {"loss": torch.stack(terms).mean(), "embeddings": torch.stack(features[:2]).detach()}
 
     def temperature(self) -> float:
         """The teacher's: a linear warm-up over epochs."""
         cfg = self.cfg
         share = min(1.0, self.epoch / max(1, cfg.warmup_epochs - 1)) if cfg.warmup_epochs else 1.0
         return cfg.warmup_teacher_temperature + share * (cfg.teacher_temperature - cfg.warmup_teacher_temperature)
+
+    def made_anew(self) -> list[nn.Parameter]:
+        """The last layer when it is no longer frozen: AdamW's moments of zero gradients would make its steps larger."""
+        return list(self.head.last.parameters()) if self.epoch == self.cfg.freeze_last_layer_epochs > 0 else []
 
     def on_step_end(self, progress: float) -> None:
         self.teacher.follow(nn.Sequential(self.backbone, self.head), teacher.momentum(progress, self.cfg.momentum))

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distssl import method
-from distssl.data import augment
+from distssl.data import augment, pixels
 from distssl.data.augment import Crop
 from distssl.nn import decoders, optim
 from distssl.nn.precision import full_precision
@@ -72,11 +72,12 @@ class ChannelwiseLinear(nn.Module):
         places = height * width
         bound = places**-0.5  # nn.Linear's
         self.weight = nn.Parameter(torch.empty(channels, places, places).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(channels, 1, places).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels * places).uniform_(-bound, bound))  # flat, as biases are
         self.mix = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.flatten(2).transpose(0, 1) @ self.weight + self.bias  # [C, N, h*w]
+        bias = self.bias.view(len(self.weight), 1, -1)  # [C, 1, h*w]
+        y = x.flatten(2).transpose(0, 1) @ self.weight + bias  # [C, N, h*w]
         return self.mix(F.relu(y).transpose(0, 1).unflatten(2, x.shape[2:]))
 
 
@@ -97,7 +98,7 @@ class Inpainting(method.Method):
 
     def build(self) -> None:
         cfg = self.cfg
-        shape = decoders.map_shape(self.backbone, cfg.augment.size_px)
+        shape = self.backbone.use_maps(cfg.augment.size_px)[-1]
         self.bottleneck = ChannelwiseLinear(*shape)
         self.decoder = decoders.Decoder(shape[0], cfg.decoder, 3)
         self.discriminator = Discriminator(cfg.discriminator) if cfg.adversarial else None
@@ -205,8 +206,7 @@ def _minus_log(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def psnr(filled: Tensor, images: Tensor, hole: Tensor) -> dict[str, Tensor]:
     """Peak signal-to-noise ratio in dB of the hole, and of the image with the answer in the hole; means over N."""
-    std, mean = (images.new_tensor(values)[:, None, None] for values in (augment.STD, augment.MEAN))
-    error = ((filled.to(images.dtype) * std + mean).clamp(0, 1) - (images * std + mean)) * hole  # of RGB in 0..1
+    error = (pixels.rgb(filled).clamp(0, 1) - pixels.rgb(images)) * hole  # of RGB in 0..1
     squares, channels = error.square().sum((1, 2, 3)), images.shape[1]
     num_pixels = {"psnr_hole": hole.sum((1, 2, 3)), "psnr_image": hole[0].numel()}
     return {

@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from distssl import method
-from distssl.data import augment, patches
+from distssl.data import augment, patches, pixels
 from distssl.data.augment import Crop
 from distssl.nn import heads, losses, permutations
 
@@ -105,7 +105,7 @@ class Jigsaw(method.Method):
 
     def picture(self, views: dict[str, Tensor]) -> list[Tensor]:
         """The tiles laid out in the order the network has to name, and where they belong."""
-        tiles = patches.normalised(self._tiles(views))
+        tiles = pixels.normalised(self._tiles(views) / 255)
         asked = in_order(tiles, self.permutations[views["order"].long()])
         return [patches.laid_out(asked, self.cfg.grid), patches.laid_out(tiles, self.cfg.grid)]
 

@@ -10,9 +10,10 @@ Learning. CVPR 2020. https://arxiv.org/abs/1911.05722
 Xinlei Chen, Haoqi Fan, Ross Girshick, Kaiming He: Improved Baselines with Momentum Contrastive Learning. 2020.
 https://arxiv.org/abs/2003.04297
 
-Deviations: BatchNorm's statistics are the global batch's for queries and for keys, where the authors give each GPU its
-own and shuffle the keys among them: with the statistics of a few images a query recognises its key by them, and with
-the whole batch's there is one statistic for all.
+Deviation: BatchNorm's statistics are the global batch's, for queries and for keys, where the authors give each GPU its
+own and shuffle the keys among them, so that a query cannot recognise its key by common statistics. Here it might, for
+the queue's keys have the statistics of earlier batches; the more images a batch has, the less that tells. Statistics of
+a share of the batch would depend on how it is shared out.
 """
 
 from __future__ import annotations

@@ -28,10 +28,14 @@ class Views(Asymmetric):
 
 
 class Config(method.Options):
-    """The paper's values for ImageNet and a ResNet-50; a ViT has temperature 0.2 and a projector of three layers."""
+    """The paper's values for ImageNet and a ResNet-50.
+
+    A ViT has temperature 0.2, a projector of three layers and predictor_norm.
+    """
 
     projector: tuple[PositiveInt, ...] = Field(default=(4096, 256), min_length=1, description="widths after features")
     predictor: PositiveInt = Field(default=4096, description="hidden width")
+    predictor_norm: bool = Field(default=False, description="a BatchNorm after its last layer")
     temperature: float = Field(default=1.0, gt=0)
     momentum: float = Field(default=0.99, ge=0, le=1, description="the teacher's at the start; it ends at 1")
     augment: Views = Views()
@@ -45,7 +49,12 @@ class MoCoV3(method.Method):
     def build(self) -> None:
         widths = self.cfg.projector
         self.projector = heads.mlp([self.backbone.num_features, *widths], last_norm=True, last_affine=False)
-        self.predictor = heads.mlp([widths[-1], self.cfg.predictor, widths[-1]], last_norm=True, last_affine=False)
+        self.predictor = heads.mlp(
+            [widths[-1], self.cfg.predictor, widths[-1]],
+            last_norm=self.cfg.predictor_norm,
+            last_affine=False,
+            last_bias=False,
+        )
         self.teacher = Teacher(nn.Sequential(self.backbone, self.projector))
 
     @classmethod

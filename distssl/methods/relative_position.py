@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from distssl import method
-from distssl.data import patches
+from distssl.data import patches, pixels
 from distssl.nn import heads, losses, noise
 
 PLACES = 8  # around the centre, in reading order
@@ -125,8 +125,8 @@ class RelativePosition(method.Method):
         """float32 [N, 2, 3, t, t], normalised, without colour."""
         pair = patches.unstack(views["pair"], 2)
         if self.cfg.colour == "drop":
-            return drop(patches.normalised(pair), views["kept"].long(), views["seeds"])
-        return patches.normalised(project(pair) if self.cfg.colour == "project" else pair)
+            return drop(pixels.normalised(pair / 255), views["kept"].long(), views["seeds"])
+        return pixels.normalised((project(pair) if self.cfg.colour == "project" else pair) / 255)
 
 
 def cell_of(place: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from distssl import collectives, method
@@ -56,6 +56,14 @@ class Config(method.Options):
     decoder: tuple[PositiveInt, ...] = Field(default=(256,), min_length=1, description="its widths")
     augment: Crop = Crop()
 
+    @model_validator(mode="after")
+    def _whole_places(self) -> Config:
+        if self.augment.size_px % self.stride:
+            raise ValueError(
+                f"stride={self.stride} does not divide augment.size_px={self.augment.size_px}; one that does is right"
+            )
+        return self
+
     small: ClassVar = {
         "dim": 8,
         "grid": 3,
@@ -72,8 +80,10 @@ class SegSort(method.Method):
     Config = Config
 
     def build(self) -> None:
-        channels, _, _ = decoders.map_shape(self.backbone, self.cfg.augment.size_px)
+        channels, _, _ = self.backbone.use_maps(self.cfg.augment.size_px)[-1]
         self.decoder = decoders.Decoder(channels, self.cfg.decoder, self.cfg.dim)
+        of_cells = self.cfg.grid**2 if self.cfg.segments == "unsupervised" else self.cfg.most_segments
+        self.most_segments = min(self.cfg.most_segments, of_cells)  # S
         self.memory = Queue(self.cfg.memory, self.cfg.dim + 1)  # a prototype and its class
 
     @classmethod
@@ -126,8 +136,8 @@ class SegSort(method.Method):
         x = torch.cat([colour, cfg.compactness * cfg.grid / 2 * where], dim=2)
         start = segments.grid(side, side, cfg.grid, image.device)
         found = segments.kmeans(x, start, cfg.grid**2, cfg.iterations, spherical=False)
-        found = segments.numbered(found, cfg.most_segments)
-        _, counts = segments.means(colour, found, cfg.most_segments)  # [N, S]
+        found = segments.numbered(found, self.most_segments)
+        _, counts = segments.means(colour, found, self.most_segments)  # [N, S]
         number = collectives.rank() * counts.numel() + torch.arange(counts.numel(), device=image.device)
         return found, torch.where(counts > 0, number.view_as(counts), NONE)
 
@@ -140,8 +150,8 @@ class SegSort(method.Method):
         start = segments.grid(side, side, cfg.grid, v.device)
         cluster = segments.kmeans(x, start, cfg.grid**2, cfg.iterations, spherical=True)
         pairs = torch.where(label == annotations.NO_CLASS, -1, cluster * NUM_CLASSES + label)
-        found = segments.numbered(pairs, cfg.most_segments)
-        means, counts = segments.means(label[..., None].double(), found, cfg.most_segments)
+        found = segments.numbered(pairs, self.most_segments)
+        means, counts = segments.means(label[..., None].double(), found, self.most_segments)
         return found, torch.where(counts > 0, means[..., 0].round().long(), NONE)
 
     def _remember(self, mu: Tensor, kind: Tensor) -> None:
@@ -159,7 +169,7 @@ class SegSort(method.Method):
         side = image.shape[2] // self.cfg.stride
         segment, _ = self._segments(image, self.embed(image), views)
         colour = F.adaptive_avg_pool2d(image, side).flatten(2).mT  # [N, P, 3]
-        means, _ = segments.means(colour, segment, self.cfg.most_segments)
+        means, _ = segments.means(colour, segment, self.most_segments)
         painted = means.gather(1, segment.clamp_min(0)[..., None].expand(-1, -1, 3)).mT.unflatten(2, (side, side))
         return [image, F.interpolate(painted, size=image.shape[2:])]
 

@@ -23,18 +23,10 @@ from torch import Tensor, nn
 
 from distssl import method
 from distssl.data import augment
-from distssl.data.augment import Augment
-from distssl.nn import heads, losses, sinkhorn
+from distssl.data.augment import LargeCrop, SmallCrop
+from distssl.nn import heads, losses, multi_crop, sinkhorn
+from distssl.nn.heads import cosines
 from distssl.nn.queue import Queue
-
-
-class Large(Augment):
-    crop_area: tuple[float, float] = (0.14, 1.0)
-
-
-class Small(Augment):
-    size_px: int = Field(default=96, ge=8)
-    crop_area: tuple[float, float] = (0.05, 0.14)
 
 
 class Config(method.Options):
@@ -48,9 +40,9 @@ class Config(method.Options):
     queue: NonNegativeInt = Field(default=0, description="embeddings; 3840 at batch 256, for small batches")
     queue_from_epoch: NonNegativeInt = 15
     freeze_prototypes_steps: NonNegativeInt = 313
-    augment: Large = Large()
+    augment: LargeCrop = LargeCrop()
     num_local: NonNegativeInt = Field(default=6, description="small crops beside the two large ones")
-    local: Small = Small()
+    local: SmallCrop = SmallCrop()
 
     small: ClassVar = {
         "projector": [32, 16],
@@ -79,20 +71,17 @@ class SwAV(method.Method):
         return augment.multi_crop(sample, cfg.augment, cfg.local, cfg.num_local)
 
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        large = torch.cat([views["a"], views["b"]])  # [2N, 3, H, W]
-        z = [F.normalize(x, dim=1) for x in self.projector(self.backbone(large)).chunk(2)]  # [N, D] each
-        if self.cfg.num_local:
-            small = torch.cat([views[f"local{i}"] for i in range(self.cfg.num_local)])
-            z += [F.normalize(x, dim=1) for x in self.projector(self.backbone(small)).chunk(self.cfg.num_local)]
+        z = multi_crop.outputs(lambda x: self.projector(self.backbone(x)), views, self.cfg.num_local)  # [N, D] each
         weight = self.prototypes.weight
         if self.num_steps < self.cfg.freeze_prototypes_steps:
             weight = weight.detach() + 0 * weight
-        scores = [x.to(weight.dtype) @ weight.T for x in z]  # [N, K] each
+        scores = [cosines(x, weight) for x in z]  # [N, K] each
+        unit = [F.normalize(x.detach().to(weight.dtype), dim=1) for x in z[:2]]
         terms = []
         for s in range(2):
-            q = self._assign(s, z[s].detach(), scores[s].detach())
+            q = self._assign(s, unit[s], scores[s].detach())
             terms += [losses.soft_cross_entropy(scores[t], q, self.cfg.temperature) for t in range(len(z)) if t != s]
-        return {"loss": torch.stack(terms).mean(), "embeddings": torch.stack(z[:2]).detach()}
+        return {"loss": torch.stack(terms).mean(), "embeddings": torch.stack(unit)}
 
     def _assign(self, crop: int, z: Tensor, scores: Tensor) -> Tensor:
         """The balanced assignment of a global crop's embeddings z [N, D], which then join the queue: [N, K]."""
@@ -100,8 +89,8 @@ class SwAV(method.Method):
         if self.cfg.queue and self.epoch >= self.cfg.queue_from_epoch:
             queue = self.queues[crop]
             assert isinstance(queue, Queue)
-            if len(queue.filled()) == self.cfg.queue:
-                more = queue.rows @ self.prototypes.weight.detach().T  # [M, K]
+            if queue.num_put >= self.cfg.queue:
+                more = cosines(queue.rows, self.prototypes.weight.detach())  # [M, K]
             queue.put(z)
         return sinkhorn.assign(scores, self.cfg.epsilon, self.cfg.sinkhorn_iterations, more)
 

@@ -12,6 +12,9 @@ Training. NeurIPS 2020. https://arxiv.org/abs/1904.12848
 
 As in the published code, the confidence is of the probabilities before sharpening, the temperature is the target's
 alone, and all images go through the network in one batch, so that BatchNorm sees them together.
+
+Deviations: the crop comes before RandAugment and not after it, and is of an enlarged image, not of one padded by
+reflection.
 """
 
 from __future__ import annotations
@@ -57,15 +60,14 @@ class UDA(method.Method):
 
     @classmethod
     def views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
-        image = augment.crop(sample, cfg.augment)
-        mirror = sample.draws.coin(cfg.augment.flip)
-        strong = randaugment.view(image, sample, cfg.strong, cfg.augment.size_px)
-        return {"weak": augment.normalise(image, mirror), "strong": augment.normalise(strong, mirror)}
+        sample = sample.decoded()
+        weak = augment.crop(sample, cfg.augment)
+        strong = randaugment.view(augment.crop(sample, cfg.augment), sample, cfg.strong, cfg.augment.size_px)
+        return {"weak": _flipped(weak, sample, cfg.augment), "strong": _flipped(strong, sample, cfg.augment)}
 
     @classmethod
     def labelled_views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
-        image = augment.crop(sample, cfg.augment)
-        return {"image": augment.normalise(image, mirror=sample.draws.coin(cfg.augment.flip))}
+        return {"image": _flipped(augment.crop(sample, cfg.augment), sample, cfg.augment)}
 
     @classmethod
     def check_labels(cls, cfg: Config, num_classes: int) -> None:
@@ -90,6 +92,10 @@ class UDA(method.Method):
             "confident": share,
             "accuracy": (x.argmax(1) == labels).double().mean(),
         }
+
+
+def _flipped(image: Any, sample: Any, cfg: Crop) -> Any:
+    return augment.normalise(image, mirror=sample.draws.coin(cfg.flip))
 
 
 def threshold(cfg: Config, progress: float) -> float:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,6 +61,24 @@ class Backbone(nn.Module, ABC):
         """
         return [self.feature_map(x)]
 
+    def use_maps(self, size_px: int) -> list[tuple[int, int, int]]:
+        """Train what the `pyramid` of a square image needs; its maps' shapes (C, h, w).
+
+        Other parameters stop learning, like the norm that some of timm's networks have behind the feature map:
+        DistributedDataParallel wants a gradient of every one that learns.
+        """
+        parameter, was_training = next(self.parameters()), self.training
+        image = torch.zeros(1, 3, size_px, size_px, dtype=parameter.dtype, device=parameter.device)
+        with torch.enable_grad():
+            maps = self.eval().pyramid(image)
+        self.train(was_training)
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        sums = [x.sum() for x in maps if x.requires_grad]
+        gradients = torch.autograd.grad(sums, learning, allow_unused=True) if sums else [None] * len(learning)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+        return [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]
+
     @abstractmethod
     def stages(self) -> dict[str, int]:
         """The stage of each parameter, by its name: 0 is nearest to the image."""
@@ -85,9 +104,10 @@ def build(name: str, stem: str = "7x7_s2_pool", sobel: bool = False, **options: 
       stage's channels, doubled at each stage; zero_init_residual=False.
     - alexnet, vgg16, vgg16_bn: torchvision's convolutions; D is their pooled feature map, not the 4096 of the layers
       the literature calls fc6 and fc7, which hold nine tenths of the parameters and want 224 px.
-    - any other name is timm's, with timm's options (img_size, drop_path_rate, ...); D is what a classifier would get.
+    - any other name is timm's, with timm's options (img_size, dynamic_img_size, ...); D is what a classifier would get.
 
-    Raises ConfigError for an unknown name, stem or option, or a small stem for a net that has none.
+    Raises ConfigError for an unknown name, stem or option, a small stem for a net that has none, or a network that
+    drops something at random: its numbers would be a worker's own, and not in the checkpoint.
     """
     if stem not in STEMS:
         raise ConfigError(f"model.stem={stem} is unknown: use {', '.join(STEMS)}")
@@ -296,4 +316,21 @@ def _build_timm(name: str, options: dict[str, Any]) -> Backbone:
         net = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except TypeError as error:  # the only sign timm gives of an option it does not know
         raise ConfigError(f"model.backbone={name} does not take these options: {error}") from error
+    if any(_drops(module) for module in net.modules()):
+        raise ConfigError(
+            f"model.options={options}: {name} drops activations at random, and the result would depend on the number "
+            "of workers; drop_path_rate: 0 is right, and so for drop_rate and the like"
+        )
     return Timm(net, int(getattr(net, "head_hidden_size", net.num_features)))  # pyright: ignore[reportArgumentType]
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether it is one of torch's or timm's modules that drop something in training."""
+    from timm.layers.drop import DropBlock2d, DropPath
+    from timm.layers.patch_dropout import PatchDropout
+
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, DropPath | DropBlock2d):
+        return bool(module.drop_prob)
+    return isinstance(module, PatchDropout) and module.prob > 0

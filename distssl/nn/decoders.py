@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from distssl.nn.backbones import Backbone
 
 
 class Decoder(nn.Module):
@@ -37,13 +34,3 @@ def _block(channels: int, width: int) -> nn.Sequential:
     convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-
-
-@torch.no_grad()
-def map_shape(backbone: Backbone, size_px: int) -> tuple[int, int, int]:
-    """Channels, height and width of the feature map of a square image, by making one."""
-    training = backbone.training
-    backbone.eval()
-    channels, height, width = backbone.feature_map(torch.zeros(1, 3, size_px, size_px)).shape[1:]
-    backbone.train(training)
-    return channels, height, width

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distssl.nn.precision import full_precision
 
 
 def mlp(
@@ -15,7 +18,7 @@ def mlp(
 
     `norm` is BatchNorm after the hidden layers, `last_norm` after the last one too, `last_affine` whether that one has
     a weight and a bias. A Linear before a norm has no bias, for the norm would remove it; `last_bias` is the last
-    Linear's where no norm follows. SimCLR's projector is mlp([D, D, 128]), SimSiam's
+    Linear's where no norm follows. SimCLR's projector is mlp([D, D, 128], last_norm=True), SimSiam's
     mlp([D, D, D, D], last_norm=True, last_affine=False). Raises ValueError for fewer than two widths.
     """
     if len(dims) < 2:
@@ -30,3 +33,9 @@ def mlp(
     if last_norm:
         layers.append(nn.BatchNorm1d(dims[-1], affine=last_affine))
     return nn.Sequential(*layers)
+
+
+@full_precision
+def cosines(x: Tensor, prototypes: Tensor) -> Tensor:
+    """[N, D] and unit rows [K, D] -> the cosines [N, K], in float32 at least: a small temperature follows."""
+    return F.normalize(x, dim=1) @ prototypes.T

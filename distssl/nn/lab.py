@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distssl.data import augment
+from distssl.data import pixels
 from distssl.nn.precision import full_precision
 
 XYZ_OF_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -19,15 +19,13 @@ WHITE = (0.95047, 1.0, 1.08883)
 @full_precision
 def of_normalised(images: Tensor) -> Tensor:
     """Images [N, 3, H, W] as `augment.normalise` makes them -> Lab [N, 3, H, W], float."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (augment.MEAN, augment.STD))
-    return of_rgb((images * std + mean).clamp(0, 1))
+    return of_rgb(pixels.rgb(images).clamp(0, 1))
 
 
 @full_precision
 def to_normalised(lab: Tensor) -> Tensor:
     """Lab [N, 3, H, W] -> images [N, 3, H, W] as `augment.normalise` makes them; colours outside sRGB are clipped."""
-    mean, std = (lab.new_tensor(values)[:, None, None] for values in (augment.MEAN, augment.STD))
-    return (to_rgb(lab) - mean) / std
+    return pixels.normalised(to_rgb(lab))
 
 
 @full_precision

@@ -69,7 +69,9 @@ def _running_statistics_kept(net: nn.Module) -> Iterator[None]:
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()  # SyncBatchNorm refuses to be without it
     try:
         yield
     finally:

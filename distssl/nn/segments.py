@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distssl.nn.precision import full_precision
+
 
 def locations(height: int, width: int, like: Tensor) -> Tensor:
     """Places' coordinates, each side from -1 to 1: [P, 2] of like's dtype and device."""
@@ -26,11 +28,12 @@ def grid(height: int, width: int, side: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
+@full_precision
 def kmeans(x: Tensor, start: Tensor, num_segments: int, iterations: int, *, spherical: bool) -> Tensor:
     """Lloyd's iterations in each image by itself: int64 [N, P], the places' segments.
 
     x: float [N, P, D]. start: int64 [P]. spherical: centroids of length 1 and the largest product in place of the
-    smallest distance, for rows of length 1. A segment that loses its places keeps none.
+    smallest distance, for rows of length 1. In float32 at least. A segment that loses its places keeps none.
     """
     segments = start.expand(len(x), -1)
     for _ in range(iterations):
@@ -43,10 +46,11 @@ def kmeans(x: Tensor, start: Tensor, num_segments: int, iterations: int, *, sphe
     return segments
 
 
+@full_precision
 def means(x: Tensor, segments: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
-    """The mean of each segment's rows, 0 where it has none, and how many it has: [N, S, D] and [N, S] of x's dtype.
+    """The mean of each segment's rows, 0 where it has none, and how many it has: [N, S, D] and [N, S].
 
-    x: float [N, P, D]. segments: int64 [N, P]; places of a negative segment belong to none.
+    x: float [N, P, D]. segments: int64 [N, P]; places of a negative segment belong to none. In float32 at least.
     """
     member = F.one_hot(segments.clamp_min(0), num_segments).to(x.dtype) * (segments >= 0)[..., None]  # [N, P, S]
     counts = member.sum(1)  # [N, S]

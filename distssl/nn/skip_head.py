@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distssl.nn.backbones import Backbone
-
 LEAST_WIDTH, MOST_WIDTH = 32, 128
 
 
@@ -38,13 +36,3 @@ class SkipHead(nn.Module):
         parts = [project(x) for project, x in zip(self.projections, maps, strict=True)]
         y = torch.stack([F.interpolate(x, size, mode="bilinear") for x in parts]).sum(0)
         return self.out(self.mix(y))
-
-
-def pyramid_channels(backbone: Backbone, size_px: int) -> list[int]:
-    """The channels of the backbone's maps, found by a black image."""
-    parameter = next(backbone.parameters())
-    was_training = backbone.training
-    with torch.no_grad():
-        maps = backbone.eval().pyramid(torch.zeros(1, 3, size_px, size_px, dtype=parameter.dtype))
-    backbone.train(was_training)
-    return [x.shape[1] for x in maps]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distssl.data import augment, draws, patches
+from distssl.data import augment, draws, patches, pixels
 from distssl.data.sample import Sample
 from tests import graphs, planted
 
@@ -62,7 +62,7 @@ def test_normalised_is_what_the_graph_makes() -> None:
         return {"raw": sample.whole(), "there": augment.normalise(sample.whole())}
 
     got = graphs.run(views, [planted.picture(1)])
-    assert patches.normalised(got["raw"]) == pytest.approx(got["there"], abs=1e-5)
+    assert pixels.normalised(got["raw"] / 255) == pytest.approx(got["there"], abs=1e-5)
 
 
 def test_mirror_turns_left_and_right_where_it_is_chosen() -> None:

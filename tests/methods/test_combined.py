@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,12 @@ def test_parts_that_cannot_be_are_told(tmp_path: Path, parts: str, told: str) ->
         config.load(None, ["data.source=x", "method.name=combined", f"method.parts={parts}"], method.options)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_part_makes_anew_the_optimiser_forgets(packed: Path, tmp_path: Path) -> None:
+    parts = {"dino": {**method.options("dino").small, "freeze_last_layer_epochs": 1}}
+    built = method.build(runs.tiny(packed, tmp_path, "method.name=combined", f"method.parts={json.dumps(parts)}"))
+    last = built.get_parameter("parts.dino.head.last.weight")
+    for epoch, expected in enumerate(([], [last], [])):
+        built.on_epoch_start(epoch)
+        assert [id(parameter) for parameter in built.made_anew()] == [id(parameter) for parameter in expected]

@@ -78,6 +78,8 @@ def test_the_loss_reads_every_view_and_moves_every_parameter(name: str, packed: 
     outputs["loss"].backward()
     gradients = {key: p.grad for key, p in training.method.named_parameters() if p.requires_grad}
     assert not [key for key, gradient in gradients.items() if gradient is None], "DDP waits for these"
+    biases = [p for key, p in training.method.named_parameters() if key.endswith("bias")]
+    assert all(p.ndim == 1 for p in biases), "weight decay and LARS leave out what has one dimension"
     assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
     of_backbone = [p.grad for p in training.method.backbone.parameters() if p.grad is not None]
     assert sum(float(gradient.norm()) for gradient in of_backbone) > 0

@@ -104,10 +104,10 @@ def test_the_memory_holds_the_first_crops_of_a_step_from_its_end_on(tmp_path: Pa
     assert (built.assignments.values[4] >= 0).all()
 
 
-def global_loss(tmp_path: Path) -> tuple[float, Tensor]:
-    """Ranks with three and two images that have clusters, of three each: loss and gradient after DDP's mean."""
+def global_loss(tmp_path: Path, ids: list[int]) -> tuple[float, Tensor]:
+    """Loss and gradient after DDP's mean; each rank has its share of the six ids."""
     built = started(tmp_path).eval()  # no statistics of the batch: what is compared is the loss
-    views = views_of(6) | {"id": torch.tensor([9, 0, 33, 4, 1, 2])}
+    views = views_of(6) | {"id": torch.tensor(ids)}
     rank, world_size = collectives.rank(), collectives.world_size()
     mine = {name: view.chunk(world_size)[rank] for name, view in views.items()}
     loss = built(mine)["loss"]
@@ -117,9 +117,10 @@ def global_loss(tmp_path: Path) -> tuple[float, Tensor]:
     return float(mean[0]), mean[1:]
 
 
-def test_ranks_with_unequal_numbers_of_known_images_have_the_batchs_gradient(ranks, tmp_path: Path) -> None:
-    loss, gradient = global_loss(tmp_path)
-    for of_rank, same in ranks(2).run(global_loss, tmp_path):
+@pytest.mark.parametrize("ids", [[9, 0, 33, 4, 1, 2], [4, 4, 4, 4, 1, 4]])  # of 4 there is no cluster
+def test_ranks_with_unequal_numbers_of_known_images_have_the_batchs_gradient(ranks, tmp_path: Path, ids) -> None:
+    loss, gradient = global_loss(tmp_path, ids)
+    for of_rank, same in ranks(2).run(global_loss, tmp_path, ids):
         assert of_rank == pytest.approx(loss, rel=1e-10)
         torch.testing.assert_close(same, gradient, rtol=1e-8, atol=1e-11)
 

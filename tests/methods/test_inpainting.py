@@ -199,6 +199,6 @@ def test_the_picture_is_the_hole_the_answer_in_it_and_the_truth(tmp_path: Path) 
 def test_every_channel_of_the_bottleneck_is_a_linear_of_its_places() -> None:
     layer = inpainting.ChannelwiseLinear(3, 2, 4).double()
     x = torch.randn(5, 3, 2, 4, dtype=torch.float64)
-    of_channels = [F.relu(x[:, c].flatten(1) @ layer.weight[c] + layer.bias[c]) for c in range(3)]
+    of_channels = [F.relu(x[:, c].flatten(1) @ layer.weight[c] + layer.bias.view(3, -1)[c]) for c in range(3)]
     expected = layer.mix(torch.stack(of_channels, dim=1).reshape(5, 3, 2, 4))
     torch.testing.assert_close(layer(x), expected)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distssl import config, method
-from distssl.data import draws, patches
+from distssl.data import draws, patches, pixels
 from distssl.errors import ConfigError
 from distssl.methods import jigsaw
 from tests import graphs, planted
@@ -121,7 +121,7 @@ def test_the_picture_shows_the_question_and_the_answer() -> None:
     views = graphs.run(lambda sample: jigsaw.Jigsaw.views(cfg, sample), [graphs.coordinates(SIDE)] * 3)
     asked, answer = built.picture(views)
     assert asked.shape == answer.shape == (3, 3, 30, 30)
-    places = patches.normalised(patches.unstack(views["tiles"], 9))
+    places = pixels.normalised(patches.unstack(views["tiles"], 9) / 255)
     for n in range(3):
         for i, tile in enumerate(built.permutations[int(views["order"][n])].tolist()):
             y, x = 10 * (i // 3) + 1, 10 * (i % 3) + 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distssl import config, method
-from distssl.data import draws, patches
+from distssl.data import draws, patches, pixels
 from distssl.errors import ConfigError
 from distssl.methods import relative_position
 from distssl.methods.relative_position import Config, RelativePosition
@@ -149,7 +149,7 @@ def test_the_loss_is_of_the_pair_in_its_order_and_the_picture_shows_it_in_place(
     expected = -logits.log_softmax(1)[torch.arange(5), views["place"].long()].mean()
     torch.testing.assert_close(built.loss(views)["loss"], expected)
     if colour == "none":
-        assert torch.equal(pair, patches.normalised(patches.unstack(views["pair"], 2)))
+        assert torch.equal(pair, pixels.normalised(patches.unstack(views["pair"], 2) / 255))
 
 
 def test_evaluation_sees_the_side_of_the_grid() -> None:

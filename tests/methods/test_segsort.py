@@ -20,6 +20,7 @@ from distssl import method, monitor, train
 from distssl.context import Context
 from distssl.data import augment, shards
 from distssl.data.shards import Dataset
+from distssl.errors import ConfigError
 from distssl.methods import segsort
 from tests import planted, runs
 from tests.conftest import Said
@@ -257,3 +258,16 @@ def test_the_command_trains_on_real_images(
     first, last = (np.mean([row["loss"] for row in part]) for part in (rows[:3], rows[-3:]))  # an epoch each
     assert last < 0.85 * first, (first, last)
     assert all(row["segments"] > 1 for row in rows)
+
+
+def test_a_stride_that_leaves_a_rest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stride=8 does not divide augment\.size_px=36; one that does is right"):
+        runs.tiny(tmp_path, tmp_path, "method.name=segsort", "method.stride=8", "method.augment.size_px=36")
+
+
+def test_the_memory_is_not_kept_for_superpixels_that_cannot_be(packed: Path, tmp_path: Path) -> None:
+    built = method.build(runs.tiny(packed, tmp_path, "method.name=segsort", "method.most_segments=48"))
+    assert isinstance(built, segsort.SegSort)
+    built({"image": torch.randn(4, 3, 32, 32)})
+    built.on_step_end(0.5)
+    assert built.memory.num_put == 4 * 3**2

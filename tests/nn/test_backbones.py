@@ -73,7 +73,7 @@ def test_the_plain_nets_are_torchvisions_convolutions(name, prefix):
         ("alexnet", {}, 64, 256, 256, 1),
         ("vgg16_bn", {}, 32, 512, 512, 1),
         ("vit_tiny_patch16_224", {"img_size": 64}, 64, 192, 192, 4),
-        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}, 64, 768, 768, 2),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "drop_path_rate": 0}, 64, 768, 768, 2),
         ("mobilenetv3_small_050", {}, 64, 1024, 288, 2),
     ],
 )
@@ -169,3 +169,40 @@ def test_a_sobel_filter_before_timms_networks_is_refused() -> None:
         ConfigError, match=r"model\.sobel=true needs one of resnet8, .*vgg16_bn; convnext_atto is timm's"
     ):
         backbones.build("convnext_atto", sobel=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size_px", "shapes"),
+    [
+        ("resnet10", {"width": 8}, 64, [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]),
+        ("alexnet", {}, 224, [(256, 6, 6)]),
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}, 32, [(192, 2, 2)]),
+    ],
+)
+def test_the_shapes_of_maps_are_found_without_a_trace(name, options, size_px, shapes):
+    backbone = backbones.build(name, **options)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    state = torch.get_rng_state()
+    assert backbone.use_maps(size_px) == shapes
+    assert all(module.training for module in backbone.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet10"])
+def test_where_maps_are_used_every_parameter_that_learns_gets_a_gradient(name):
+    backbone = backbones.build(name)
+    backbone.net.get_submodule("stem" if name == "convnext_atto" else "conv1").requires_grad_(False)
+    learning = {key for key, parameter in backbone.named_parameters() if parameter.requires_grad}
+    backbone.use_maps(64)
+    torch.stack([x.sum() for x in backbone.pyramid(images(64))]).sum().backward()
+    for key, parameter in backbone.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None)
+        assert parameter.requires_grad == (key in learning and "head.norm" not in key)
+
+
+@pytest.mark.parametrize("option", ["drop_path_rate", "drop_rate", "patch_drop_rate", "attn_drop_rate"])
+def test_a_network_that_drops_at_random_is_refused(option):
+    with pytest.raises(ConfigError, match=f"model.options=.*{option}.*drop_path_rate: 0 is right"):
+        backbones.build("vit_tiny_patch16_224", img_size=32, depth=2, **{option: 0.1})

@@ -55,3 +55,13 @@ def test_the_numbers_are_constants_to_autograd_and_float32_of_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         found = diagnostics.of_embeddings(z, z)
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+def test_the_effective_rank_is_that_of_the_singular_values(shape):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(z.double())
+    p = singular / singular.sum()
+    found = diagnostics.effective_rank(z)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-5)

@@ -7,7 +7,7 @@ from torch import nn
 from distssl.nn import heads
 
 
-def test_simclrs_projector_is_linear_norm_relu_linear():
+def test_a_head_is_linear_norm_relu_linear():
     head = heads.mlp([8, 16, 4])
     assert [type(layer) for layer in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert head[0].bias is None
@@ -31,3 +31,12 @@ def test_without_norms_every_linear_has_a_bias_and_two_widths_are_one_linear():
     assert heads.mlp([8, 4], last_bias=False)[0].bias is None
     with pytest.raises(ValueError, match="two widths"):
         heads.mlp([8])
+
+
+def test_cosines_are_float32_under_autocast():
+    x, prototypes = torch.randn(64, 32), torch.nn.functional.normalize(torch.randn(10, 32), dim=1)
+    exact = torch.nn.functional.normalize(x.double(), dim=1) @ prototypes.double().T
+    with torch.autocast("cpu", torch.bfloat16):
+        found = heads.cosines(x, prototypes)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)

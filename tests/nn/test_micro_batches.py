@@ -96,3 +96,12 @@ def test_no_activation_is_kept_between_the_passes() -> None:
 def test_rows_that_are_not_whole_lanes_are_refused() -> None:
     with pytest.raises(ValueError, match="x has 7 rows; a multiple of lane_rows=6"):
         MicroBatches(LANE_ROWS, NUM).run(nn.Identity(), nn.Identity(), torch.zeros(7, 3))
+
+
+def test_in_the_repetition_a_norm_still_counts_its_batches_for_syncbatchnorm_asks_for_that() -> None:
+    model, x, seen = net(norm=True), images(), []
+    norm = model.get_submodule("1")
+    norm.register_forward_pre_hook(lambda module, _: seen.append(module.num_batches_tracked is not None))
+    MicroBatches(LANE_ROWS, NUM).run(model, model, x).sum().backward()
+    assert seen == [True] * 2 * NUM
+    assert model.get_buffer("1.num_batches_tracked") == NUM

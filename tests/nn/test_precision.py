@@ -27,6 +27,12 @@ def test_a_fast_product_that_is_not_exact_puts_highest_back(restored, monkeypatc
     assert precision.speed_up_float32_matmul() == torch.get_float32_matmul_precision() == "highest"
 
 
+def test_the_run_s_device_has_a_say_as_well_as_the_cpu(restored, monkeypatch):
+    monkeypatch.setattr(precision, "_product_error", lambda device: 2e-3 if device.type == "cuda" else 0.0)
+    assert precision.speed_up_float32_matmul("cpu") == "medium"
+    assert precision.speed_up_float32_matmul("cuda") == "highest"
+
+
 @pytest.mark.parametrize(("capabilities", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)])
 def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

@@ -58,3 +58,13 @@ def test_the_start_is_blocks_of_the_image() -> None:
     torch.testing.assert_close(places[0, 0], torch.tensor([-1.0, -1.0]))
     torch.testing.assert_close(places[5, 8], torch.tensor([1.0, 1.0]))
     assert F.normalize(places[2, 3], dim=0).isfinite().all()
+
+
+def test_segments_are_the_same_under_autocast() -> None:
+    x = 100 * torch.rand(2, 64, 5, generator=torch.Generator().manual_seed(0))
+    start = segments.grid(8, 8, 3, x.device)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = segments.kmeans(x, start, 9, 5, spherical=False)
+        means, _ = segments.means(x, found, 9)
+    assert torch.equal(found, segments.kmeans(x, start, 9, 5, spherical=False))
+    assert torch.equal(means, segments.means(x, found, 9)[0])
