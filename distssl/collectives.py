@@ -25,12 +25,13 @@ from distssl.errors import ConfigError, RunError
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GPU_BACKEND = "cpu:gloo,cuda:nccl"  # nccl alone refuses CPU tensors, and figures and ids are such on a GPU too
 
 
 def init(backend: str | None = None, timeout_s: float = 1800.0) -> None:
     """Join the process group that torchrun's environment variables describe; without WORLD_SIZE do nothing.
 
-    `backend` is "gloo" or "nccl"; by default nccl where there is a GPU, which is then the one of LOCAL_RANK.
+    `backend` is "gloo" or GPU_BACKEND; by default the latter where there is a GPU, which is then the one of LOCAL_RANK.
     A collective that waits longer than `timeout_s` seconds raises. Raises ConfigError where a variable is missing.
     """
     if "WORLD_SIZE" not in os.environ:
@@ -38,8 +39,8 @@ def init(backend: str | None = None, timeout_s: float = 1800.0) -> None:
     missing = [variable for variable in _VARIABLES if variable not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start the ranks with torchrun")
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if backend == "nccl":
+    backend = backend or (GPU_BACKEND if torch.cuda.is_available() else "gloo")
+    if backend == GPU_BACKEND:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
 

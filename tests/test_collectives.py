@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
 from distssl import collectives
@@ -129,6 +130,11 @@ def test_half_of_torchruns_environment_is_named_as_the_users_mistake(monkeypatch
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT"):
         collectives.init("gloo")
+
+
+def test_a_group_of_gpus_takes_tensors_of_the_cpu_too():
+    devices = dist.BackendConfig(dist.Backend(collectives.GPU_BACKEND)).get_device_backend_map()
+    assert devices == {"cpu": "gloo", "cuda": "nccl"}
 
 
 def fail_on_rank_1() -> None:
