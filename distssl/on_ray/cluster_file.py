@@ -25,7 +25,7 @@ from distssl import atomic, settings
 from distssl.config import Section
 from distssl.errors import ConfigError
 from distssl.on_ray import spot_watcher, token
-from distssl.on_ray.place import Workers
+from distssl.on_ray.place import Workers, share_of_cpus
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +94,11 @@ class ClusterFile:
             part.write_text(yaml.safe_dump(self.config, sort_keys=False))
         return path
 
-    def workers(self, resources: Mapping[str, Mapping[str, float]]) -> Workers:
+    def workers(self, resources: Mapping[str, Mapping[str, float]], kept_cpus: int = 0) -> Workers:
         """The workers of the whole cluster: one a GPU, or one a node where there are none.
 
-        resources: node type -> what a node of it has, as Ray counts it.
+        resources: node type -> what a node of it has, as Ray counts it. kept_cpus: of each node, for other work;
+        where the file says what a worker takes, it takes that.
         """
         if self.provider == "local":
             nodes, each = 1 + len(self.config["provider"].get("worker_ips") or ()), resources["local"]
@@ -106,7 +107,8 @@ class ClusterFile:
             nodes = min(kind.get("max_workers", self.config["max_workers"]), self.config["max_workers"])
             each = resources[name]
         gpus = int(each.get("GPU", 0))
-        share = self.options.worker or {"CPU": max(1, int(each.get("CPU", 1)) // max(gpus, 1)), "GPU": int(gpus > 0)}
+        cpus = share_of_cpus(each.get("CPU", 1), max(gpus, 1), kept_cpus)
+        share = self.options.worker or {"CPU": cpus, "GPU": int(gpus > 0)}
         return Workers(self.options.workers or nodes * max(gpus, 1), share.get("CPU", 1), share.get("GPU", 0))
 
 

@@ -100,7 +100,8 @@ class Cluster:
         workers = None
         if self.file:
             self.say(f"checking {self.target.cluster}")
-            workers = self.file.workers(cluster.check(self.file))
+            kept_cpus = (errand.run.machine.eval_cpus or 0) if errand.run else 0
+            workers = self.file.workers(cluster.check(self.file), kept_cpus)
             workers.require(*errand.demand)
             if errand.run:
                 _check_lanes(errand.run, workers)
