@@ -124,12 +124,12 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_schema(path: Path, tree: dict[str, Any]) -> None:
-    missing = [key for key in ("cluster_name", "provider", "auth") if key not in tree]
-    if missing:
-        raise ConfigError(f"{path}: {', '.join(missing)} missing; cluster/aws.yaml has a whole file")
+    _check_keys(path, tree, "cluster_name", "provider", "auth")
     kind = tree["provider"].get("type") if isinstance(tree["provider"], dict) else None
     if kind not in PROVIDERS:
         raise ConfigError(f"{path}: provider.type={kind}: {', '.join(PROVIDERS)} are right")
+    if kind != "local":  # what Ray would fill in, but not for us
+        _check_keys(path, tree, "max_workers", "head_node_type", "available_node_types")
     try:
         validate_config(prepare_config(copy.deepcopy(tree)))
     except jsonschema.ValidationError as error:
@@ -137,6 +137,16 @@ def _check_schema(path: Path, tree: dict[str, Any]) -> None:
         raise ConfigError(f"{path}: {key or 'the file'}: {error.message.splitlines()[0]}") from None
     except (ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    if kind != "local" and len(tree["available_node_types"]) == 1:
+        raise ConfigError(
+            f"{path}: available_node_types: {tree['head_node_type']} is the head; a worker type is missing"
+        )
+
+
+def _check_keys(path: Path, tree: Mapping[str, Any], *keys: str) -> None:
+    missing = [key for key in keys if key not in tree]
+    if missing:
+        raise ConfigError(f"{path}: {', '.join(missing)} missing; cluster/aws.yaml has a whole file")
 
 
 def _check_security(path: Path, tree: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a cluster file gives to workers."""
+"""What a cluster file gives to workers, and what it must say."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from distssl.errors import ConfigError
+from distssl.on_ray import cluster
 from distssl.on_ray.cluster_file import ClusterFile
 
 START = "RAY_AUTH_MODE=token ray start"
@@ -51,3 +53,31 @@ def test_workers_share_the_cpus_of_a_host_that_are_not_kept(
     assert opened(aws, tmp_path).workers({"worker": host}, kept).share == {"CPU": cpus, "GPU": 1}
     said = aws | {"distssl": {"worker": {"CPU": 9, "GPU": 1}}}
     assert opened(said, tmp_path).workers({"worker": host}, kept).share == {"CPU": 9, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("max_workers", "max_workers missing"),
+        ("head_node_type", "head_node_type missing"),
+        ("available_node_types", "available_node_types missing"),
+        ("available_node_types.worker", "available_node_types: head is the head; a worker type is missing"),
+        ("available_node_types.worker.node_config", "node_config"),
+        ("available_node_types.worker.node_config.InstanceType", "worker.node_config.InstanceType: missing"),
+        ("available_node_types.head.node_config.ImageId", "head.node_config.ImageId: missing"),
+        ("provider.region", "provider.region: missing"),
+    ],
+)
+def test_what_a_file_leaves_out_is_named_before_anything_is_asked(
+    aws: dict[str, Any], tmp_path: Path, key: str, told: str
+) -> None:
+    *above, name = key.split(".")
+    section = aws
+    for one in above:
+        section = section[one]
+    del section[name]
+    with pytest.raises(ConfigError) as caught:
+        cluster.check(opened(aws, tmp_path))
+    (message,) = caught.value.messages
+    assert str(tmp_path) in message
+    assert told in message
