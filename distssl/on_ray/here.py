@@ -27,7 +27,8 @@ def pretrain(run: Run, console: Console, errors: Console) -> int:
     """Pretrain, show what came of it; the exit code."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _under_torchrun(run, console)
-    num_workers = _num_workers(run.machine.workers, [order.lanes_of(run)])
+    workers = run.machine.workers
+    num_workers = _num_workers(workers, [order.lanes_of(run)], f"machine.workers={workers}")
     console.print(f"preparing {run.data.source}", soft_wrap=True)
     data = job.prepare(run, num_workers or 1)
     console.print(f"run {run.run_name}, {num_workers or 'no'} Ray worker{'s' if num_workers != 1 else ''}")
@@ -59,7 +60,7 @@ def evaluate(found: Found, tasks: Sequence[str] | None, num_workers: int | None,
         from distssl.on_ray import evaluate as on_ray
 
         lanes = [order.default_lanes(batch) for batch in evaluating.batches(found.run, wanted)]
-        num_workers = _num_workers(num_workers, lanes)
+        num_workers = _num_workers(num_workers, lanes, f"--workers {num_workers}")
         of_ray = f"{num_workers} Ray worker{'s' if num_workers != 1 else ''}"
         console.print(f"evaluating {found.place}, {of_ray}", soft_wrap=True)
         on_ray.run(found, tasks, num_workers)
@@ -97,16 +98,17 @@ def one_of_the_ranks(run_dir: Path, prepare: Callable[[], object]) -> Iterator[C
         collectives.shutdown()
 
 
-def _num_workers(asked: int | None, shared: Sequence[int]) -> int:
+def _num_workers(asked: int | None, shared: Sequence[int], because: str) -> int:
     """What the user says, else what the place has room for: the most that divide each of some numbers.
 
-    Raises ConfigError where a cluster has no room for so many.
+    because: how the user said it. Raises ConfigError where there is no room for so many.
     """
     if place.on_cluster():
         room = place.start()
-        room.require(asked or 1, f"--workers {asked}")
+        room.require(asked or 1, because)
         most = room.most
     else:
+        place.require_gpus(asked or 1, because)
         most = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     if asked is not None:
         return asked

@@ -55,6 +55,16 @@ def on_cluster() -> bool:
     return CLUSTER in os.environ
 
 
+def require_gpus(num_workers: int, because: str) -> None:
+    """Raise ConfigError where this machine has GPUs, but not one for each worker: some would wait for ever.
+
+    because: what the user said that asks for them.
+    """
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < num_workers:
+        raise ConfigError(f"{because}: this machine has {num_gpus} GPUs, one a worker; at most {num_gpus} is right")
+
+
 def start(workers: int | None = None, kept_cpus: int = 0) -> Workers:
     """Join the cluster, or start Ray here with room for so many workers, and on each host `kept_cpus` of other work.
 

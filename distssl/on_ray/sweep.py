@@ -41,8 +41,10 @@ def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome]:
     """Run all trials on a Ray started for it, or on the cluster whose head this is.
 
     tell: called as each ends. They are kept in outcomes.jsonl too. Raises ConfigError where the folder holds another
-    sweep, or the cluster has no room for a batch of trials.
+    sweep, or there is no room for a batch of trials.
     """
+    if not place.on_cluster():
+        place.require_gpus(*swept.demand)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS_S)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one speaks at any verbosity
     optuna.logging.set_verbosity(optuna.logging.WARNING)
