@@ -150,11 +150,7 @@ def sum_(x: Tensor) -> Tensor:
 
 def gather_objects(value: T) -> list[T]:
     """The picklable `value` of every rank, in rank order, on every rank. Not differentiable."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return _gathered_objects(value, None)
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -168,20 +164,44 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 def together(call: Callable[[], T]) -> T:
     """`call()` on every rank; where one raises a ConfigError or RunError, all of them do, instead of waiting for it."""
+    return _agreed(call, None)
+
+
+def patiently(call: Callable[[], T], within_s: float) -> T:
+    """As `together`, for a call that may take longer than a collective may wait: up to `within_s` seconds."""
+    if world_size() == 1:
+        return call()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=within_s))  # while all ranks are here
+    try:
+        return _agreed(call, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _agreed(call: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     value: T | None = None
     mistake: ConfigError | RunError | None = None
     try:
         value = call()
     except (ConfigError, RunError) as error:
         mistake = error
-    for found in gather_objects(mistake):
+    for found in _gathered_objects(mistake, group):
         if found is not None:
             raise found
     return cast(T, value)
 
 
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _gathered_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """group: of all ranks; None: the one they are in anyway."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group)
+    return values
 
 
 def _gathered(x: Tensor) -> Tensor:

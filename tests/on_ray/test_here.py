@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from distssl import config
 from distssl.errors import ConfigError
 from distssl.on_ray import sweep
 from distssl.sweep import Dimension, Sweep
 from tests import runs
 from tests.conftest import Said
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_more_workers_than_gpus_are_refused(
@@ -27,3 +32,25 @@ def test_more_workers_than_gpus_are_refused(
     swept = Sweep(name="x", runs=("x",), parallel=3, space={"labels": Dimension(choice=[1])})
     with pytest.raises(ConfigError, match="parallel=3 trials of workers=1: this machine has 2 GPUs"):
         sweep.run(swept, lambda outcome: None)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "evaluate"])
+def test_under_torchrun_a_mistake_is_said_once(tmp_path: Path, command: str) -> None:
+    """Rank 0 meets it while the other waits; torchrun itself says more."""
+    missing = tmp_path / "missing"
+    arguments = runs.command_line(missing, tmp_path / "runs")
+    if command == "evaluate":
+        run = runs.trained(runs.tiny(runs.packed(tmp_path), tmp_path / "runs", "name=mine", "train.epochs=1"))
+        (run.run_dir / "config.yaml").write_text(config.dump(run))
+        arguments = ["evaluate", str(run.run_dir), "--task", "knn", f"eval.test_source={missing}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    kept = ["--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
+    done = subprocess.run(
+        [*torchrun, *kept, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    first, second = (path.read_text().splitlines() for path in sorted((tmp_path / "logs").rglob("stderr.log")))
+    assert [line for line in first if "error" in line] == first[-1:], first
+    assert f"={missing}: does not exist" in first[-1]
+    assert not [line for line in first + second if "Traceback" in line]
+    assert not [line for line in second if "error" in line], second
+    assert "exitcode  : 2" in done.stderr

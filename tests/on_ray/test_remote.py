@@ -55,7 +55,7 @@ def test_a_job_is_found_again_by_the_same_settings_and_refused_by_others(capsys:
     assert there.submit(Errand("mine", command, first), None) == "mine-1"
     assert there.submit(Errand("mine", command, first), None) == "mine-1"
     assert "job mine-1 is doing that already" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="job mine-1 runs with other settings; say name=ANOTHER, or .* stop mine-1"):
+    with pytest.raises(ConfigError, match=r"job mine-1 runs with other settings; say name=ANOTHER, or .* stop mine-1"):
         there.submit(Errand("mine", command, other), None)
     assert there.submit(Errand("another", command, other), None) == "another-1"
     assert [job.submission_id for job in head.jobs] == ["mine-1", "another-1"]
