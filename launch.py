@@ -95,11 +95,15 @@ def sweep(
     if target := targets.of(cluster, address, detach, down_when_done):
         command_line.sweep(config_file, overrides, target)
     from distssl import sweep as sweeps
+    from distssl.on_ray import here
     from distssl.on_ray import sweep as on_ray
 
     swept = sweeps.load(config_file, overrides)
     console.print(f"sweep {swept.name}: {swept.num_trials} trials of {swept.task}, {swept.parallel} at a time")
     outcomes = on_ray.run(swept, lambda outcome: console.print(report.outcome(outcome), soft_wrap=True, markup=False))
+    if outcomes is None:
+        errors.print("stopped; the same command goes on with what is left of the trials")
+        raise typer.Exit(here.STOPPED)
     report.show_sweep(swept, outcomes, console)
 
 
