@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +27,18 @@ from distssl.run_folder import Found
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 STOPPED = 130  # the exit code of a command that was asked to stop
 PREPARED_WITHIN_S = 7 * 24 * 3600  # packing and indexing may take many hours
 
 
 def pretrain(run: Run, console: Console, errors: Console) -> int:
     """Pretrain, show what came of it; the exit code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _under_torchrun(run, console)
     workers = run.machine.workers
+    if _under_torchrun():
+        _say_ignored(workers, "machine.workers")
+        return _pretrain_under_torchrun(run, console)
     num_workers = _num_workers(workers, [order.lanes_of(run)], f"machine.workers={workers}")
     console.print(f"preparing {run.data.source}", soft_wrap=True)
     data = job.prepare(run, num_workers or 1)
@@ -63,7 +67,9 @@ def evaluate(found: Found, tasks: Sequence[str] | None, num_workers: int | None,
     num_workers: of Ray; null: this process, or one of torchrun's, and on a cluster as many as it has room for.
     """
     wanted = tasks or config.TASKS
-    if "TORCHELASTIC_RUN_ID" not in os.environ and (num_workers or place.on_cluster()):
+    if _under_torchrun():
+        _say_ignored(num_workers, "--workers")
+    elif num_workers or place.on_cluster():
         from distssl.on_ray import evaluate as on_ray
 
         lanes = [order.default_lanes(batch) for batch in evaluating.batches(found.run, wanted)]
@@ -80,7 +86,16 @@ def evaluate(found: Found, tasks: Sequence[str] | None, num_workers: int | None,
             report.show(found.folder, console, found.run.run_url)
 
 
-def _under_torchrun(run: Run, console: Console) -> int:
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _say_ignored(workers: int | None, key: str) -> None:
+    if workers is not None and os.environ["RANK"] == "0":
+        log.info("%s=%d is ignored: torchrun says how many ranks there are", key, workers)
+
+
+def _pretrain_under_torchrun(run: Run, console: Console) -> int:
     """This process is one of torchrun's: rank 0 prepares, all of them train."""
     prepare, folders = lambda: job.prepare(run, collectives.world_size()), lambda: job.folders(run)
     with _one_of_the_ranks(run.run_dir, prepare, folders) as (ours, data), _torchrun_asks(ours, console):

@@ -40,8 +40,8 @@ WAIT_FOR_WORKERS_S = "300"  # then a trial whose workers do not come fails and i
 def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome] | None:
     """Run all trials on a Ray started for it, or on the cluster whose head this is; None where a Ctrl-C was before.
 
-    tell: called as each ends. All of them are kept in outcomes.jsonl too. Raises ConfigError where the folder holds another
-    sweep, or there is no room for a batch of trials.
+    tell: called as each ends. All of them are kept in outcomes.jsonl too. Raises ConfigError where the folder holds
+    another sweep, or there is no room for a batch of trials.
     """
     if not place.on_cluster():
         place.require_gpus(*swept.demand)

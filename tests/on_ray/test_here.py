@@ -35,14 +35,14 @@ def test_more_workers_than_gpus_are_refused(
 
 
 @pytest.mark.parametrize("command", ["pretrain", "evaluate"])
-def test_under_torchrun_a_mistake_is_said_once(tmp_path: Path, command: str) -> None:
+def test_under_torchrun_a_mistake_is_said_once_and_that_workers_are_ignored(tmp_path: Path, command: str) -> None:
     """Rank 0 meets it while the other waits; torchrun itself says more."""
     missing = tmp_path / "missing"
     arguments = runs.command_line(missing, tmp_path / "runs")
     if command == "evaluate":
         run = runs.trained(runs.tiny(runs.packed(tmp_path), tmp_path / "runs", "name=mine", "train.epochs=1"))
         (run.run_dir / "config.yaml").write_text(config.dump(run))
-        arguments = ["evaluate", str(run.run_dir), "--task", "knn", f"eval.test_source={missing}"]
+        arguments = ["evaluate", str(run.run_dir), "--task", "knn", "--workers=2", f"eval.test_source={missing}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     kept = ["--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
     done = subprocess.run(
@@ -54,3 +54,5 @@ def test_under_torchrun_a_mistake_is_said_once(tmp_path: Path, command: str) -> 
     assert not [line for line in first + second if "Traceback" in line]
     assert not [line for line in second if "error" in line], second
     assert "exitcode  : 2" in done.stderr
+    assert sum("is ignored: torchrun says how many ranks there are" in line for line in first) == 1
+    assert not [line for line in second if "is ignored" in line]
