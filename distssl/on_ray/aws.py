@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 from botocore import exceptions
 
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, first_line
 from distssl.on_ray.cluster_file import ClusterFile
 
 WORLD = ("0.0.0.0/0", "::/0")
@@ -132,7 +132,7 @@ def said_of(file: ClusterFile) -> Iterator[None]:
         code, message = error.response["Error"]["Code"], error.response["Error"]["Message"]
         raise ConfigError(f"{file.path}: AWS refuses {error.operation_name}: {code}: {message}") from None
     except (exceptions.BotoCoreError, OSError) as error:
-        raise ConfigError(f"{file.path}: AWS cannot be reached: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file.path}: AWS cannot be reached: {first_line(error)}") from None
 
 
 def _client(file: ClusterFile, service: str) -> Any:

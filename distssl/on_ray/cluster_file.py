@@ -23,7 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from distssl import atomic, settings
 from distssl.config import Section
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, first_line
 from distssl.on_ray import spot_watcher, token
 from distssl.on_ray.place import Workers, share_of_cpus
 
@@ -136,7 +136,7 @@ def _check_schema(path: Path, tree: dict[str, Any]) -> None:
         key = ".".join(map(str, error.absolute_path))
         raise ConfigError(f"{path}: {key or 'the file'}: {error.message.splitlines()[0]}") from None
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: {first_line(error)}") from None
     if kind != "local" and len(tree["available_node_types"]) == 1:
         raise ConfigError(
             f"{path}: available_node_types: {tree['head_node_type']} is the head; a worker type is missing"

@@ -16,7 +16,7 @@ from pathlib import Path
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from distssl.errors import ConfigError, RunError
+from distssl.errors import ConfigError, RunError, first_line
 from distssl.on_ray.tunnel import Way
 
 ROOT = Path(__file__).parent.parent.parent
@@ -186,8 +186,3 @@ def _exit_code(details: JobDetails) -> int:
     if details.status == JobStatus.STOPPED:
         return 130
     return details.driver_exit_code or 1
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
