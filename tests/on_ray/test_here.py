@@ -53,6 +53,7 @@ def test_under_torchrun_a_mistake_is_said_once_and_that_workers_are_ignored(tmp_
     assert f"={missing}: does not exist" in first[-1]
     assert not [line for line in first + second if "Traceback" in line]
     assert not [line for line in second if "error" in line], second
+    assert done.returncode == 1
     assert "exitcode  : 2" in done.stderr
     assert sum("is ignored: torchrun says how many ranks there are" in line for line in first) == 1
     assert not [line for line in second if "is ignored" in line]
