@@ -172,6 +172,7 @@ def patiently(call: Callable[[], T], within_s: float) -> T:
     if world_size() == 1:
         return call()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=within_s))  # while all ranks are here
+    assert isinstance(group, dist.ProcessGroup)
     try:
         return _agreed(call, group)
     finally:

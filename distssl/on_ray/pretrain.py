@@ -98,7 +98,7 @@ class RayContext(Context):
         if self.rank == 0:
             # On this host, which has what it reads. It asks Ray for no CPU: its own were kept from the workers, and
             # the autoscaler would start another host for it.
-            task = ray.remote(num_cpus=0, scheduling_strategy=place.on_this_host())(_evaluate)
+            task = ray.remote(_evaluate).options(num_cpus=0, scheduling_strategy=place.on_this_host())
             self._latest = task.remote(evaluate, self._eval_cpus, self._latest)
             self._evaluations[self._latest] = step
         return True
