@@ -59,7 +59,9 @@ def evaluate(
     run: RunFolder,
     task: Annotated[str, typer.Option("--task", help=f"{', '.join(config.TASKS)}; all: what labels allow.")] = "all",
     overrides: Overrides = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray; by default this process alone.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers; by default none: this process alone.")
+    ] = None,
     cluster: ClusterFile = None,
     address: Address = None,
     detach: Detach = False,
@@ -84,7 +86,7 @@ def evaluate(
 def sweep(
     config_file: Annotated[Path, typer.Option("--config", help="A YAML file as those in configs/sweep.")],
     overrides: Overrides = None,
-    storage: Storage = None,
+    storage: Annotated[str | None, typer.Option(help="Folder or URL that sweeps lie in: s3://bucket/sweeps.")] = None,
     cluster: ClusterFile = None,
     address: Address = None,
     detach: Detach = False,
@@ -95,11 +97,15 @@ def sweep(
     if target := targets.of(cluster, address, detach, down_when_done):
         command_line.sweep(config_file, overrides, target)
     from distssl import sweep as sweeps
+    from distssl.on_ray import here
     from distssl.on_ray import sweep as on_ray
 
     swept = sweeps.load(config_file, overrides)
     console.print(f"sweep {swept.name}: {swept.num_trials} trials of {swept.task}, {swept.parallel} at a time")
     outcomes = on_ray.run(swept, lambda outcome: console.print(report.outcome(outcome), soft_wrap=True, markup=False))
+    if outcomes is None:
+        errors.print("stopped; the same command goes on with what is left of the trials")
+        raise typer.Exit(here.STOPPED)
     report.show_sweep(swept, outcomes, console)
 
 
@@ -132,9 +138,12 @@ def compare(
 
     from distssl import board, page, run_folder
     from distssl import compare as comparing
+    from distssl import sweep as sweeps
 
     out = (out or run_folder.beside(runs[0]) / "compare").resolve()
-    others = [run for run in runs if Path(run).resolve() != out] or runs  # runs/* has it too
+    for run in (holding := [run for run in runs if sweeps.lie_in(Path(run))]):
+        errors.print(f"{run} holds sweeps and no run; it is left out", soft_wrap=True, markup=False, highlight=False)
+    others = [run for run in runs if run not in holding and Path(run).resolve() != out] or runs  # runs/* has both
     comparison = comparing.collect(run_folder.with_records(others))
     atomic.make_folder(out)
     with atomic.locked(out):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from distssl import atomic
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         if isinstance(error, DamagedError):
             raise
-        raise DamagedError(f"checkpoint {path}: cannot be read: {_first_line(error)}") from None
+        raise DamagedError(f"checkpoint {path}: cannot be read: {first_line(error)}") from None
 
 
 def newest(run_dir: Path) -> dict[str, Any] | None:
@@ -168,10 +168,6 @@ def _bytes(path: Path) -> bytes | None:
         return path.read_bytes()
     except OSError:
         return None  # damaged
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def metric(manifest: bytes | None, name: str | None) -> float | None:

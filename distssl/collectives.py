@@ -25,12 +25,13 @@ from distssl.errors import ConfigError, RunError
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GPU_BACKEND = "cpu:gloo,cuda:nccl"  # nccl alone refuses CPU tensors, and figures and ids are such on a GPU too
 
 
 def init(backend: str | None = None, timeout_s: float = 1800.0) -> None:
     """Join the process group that torchrun's environment variables describe; without WORLD_SIZE do nothing.
 
-    `backend` is "gloo" or "nccl"; by default nccl where there is a GPU, which is then the one of LOCAL_RANK.
+    `backend` is "gloo" or GPU_BACKEND; by default the latter where there is a GPU, which is then the one of LOCAL_RANK.
     A collective that waits longer than `timeout_s` seconds raises. Raises ConfigError where a variable is missing.
     """
     if "WORLD_SIZE" not in os.environ:
@@ -38,8 +39,8 @@ def init(backend: str | None = None, timeout_s: float = 1800.0) -> None:
     missing = [variable for variable in _VARIABLES if variable not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start the ranks with torchrun")
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if backend == "nccl":
+    backend = backend or (GPU_BACKEND if torch.cuda.is_available() else "gloo")
+    if backend == GPU_BACKEND:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
 
@@ -149,11 +150,7 @@ def sum_(x: Tensor) -> Tensor:
 
 def gather_objects(value: T) -> list[T]:
     """The picklable `value` of every rank, in rank order, on every rank. Not differentiable."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return _gathered_objects(value, None)
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -167,20 +164,45 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 def together(call: Callable[[], T]) -> T:
     """`call()` on every rank; where one raises a ConfigError or RunError, all of them do, instead of waiting for it."""
+    return _agreed(call, None)
+
+
+def patiently(call: Callable[[], T], within_s: float) -> T:
+    """As `together`, for a call that may take longer than a collective may wait: up to `within_s` seconds."""
+    if world_size() == 1:
+        return call()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=within_s))  # while all ranks are here
+    assert isinstance(group, dist.ProcessGroup)
+    try:
+        return _agreed(call, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _agreed(call: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     value: T | None = None
     mistake: ConfigError | RunError | None = None
     try:
         value = call()
     except (ConfigError, RunError) as error:
         mistake = error
-    for found in gather_objects(mistake):
+    for found in _gathered_objects(mistake, group):
         if found is not None:
             raise found
     return cast(T, value)
 
 
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _gathered_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """group: of all ranks; None: the one they are in anyway."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group)
+    return values
 
 
 def _gathered(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two ways a run ends badly: the user's input is wrong, or the run failed."""
+"""The two ways a run ends badly: the user's input is wrong, or the run failed; and what others' errors say."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed for a reason that can be said in one line: exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -168,7 +168,7 @@ def _mirrored(run: Run, context: Context) -> Iterator[None]:
     collectives.together(lambda: _take(remote) if context.rank == 0 else None)
     with remote.pushing() if context.rank == 0 else nullcontext():
         yield
-        context.wait()  # for the last checkpoint, after which nothing changes
+        context.wait()  # for the last checkpoint, after which nothing changes; under Ray its worker waits later
 
 
 def _take(remote: Mirror) -> None:

@@ -226,6 +226,11 @@ def claim(sweep: Sweep) -> None:
     _put(sweep, path)
 
 
+def lie_in(folder: Path) -> bool:
+    """Whether sweeps lie in a folder."""
+    return any(folder.glob(f"*/{FILE}"))
+
+
 def keep(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
     """Write outcomes.jsonl into the sweep's folder: a line a trial."""
     path = sweep.folder / "outcomes.jsonl"

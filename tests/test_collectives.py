@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed.distributed_c10d as dist
 from torch import Tensor
 
 from distssl import collectives
@@ -129,6 +130,38 @@ def test_half_of_torchruns_environment_is_named_as_the_users_mistake(monkeypatch
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT"):
         collectives.init("gloo")
+
+
+def wait_for_rank_0(within_s: float) -> int:
+    return collectives.patiently(lambda: time.sleep(3 * (collectives.rank() == 0)) or collectives.rank(), within_s)
+
+
+def test_ranks_wait_for_one_as_long_as_the_call_says_and_no_longer(ranks):
+    """The pool's own collectives wait for two minutes."""
+    assert ranks(2).run(wait_for_rank_0, 60.0) == [0, 1]
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2: Traceback.*[Tt]imed out"):
+        ranks(2).run(wait_for_rank_0, 0.5)
+
+
+def mistake_of_rank_1() -> str:
+    def call() -> None:
+        if collectives.rank() == 1:
+            raise ConfigError("the reason")
+
+    try:
+        collectives.patiently(call, 60)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_wait_for_one_have_its_mistake(ranks):
+    assert ranks(2).run(mistake_of_rank_1) == ["the reason"] * 2
+
+
+def test_a_group_of_gpus_takes_tensors_of_the_cpu_too():
+    devices = dist.BackendConfig(dist.Backend(collectives.GPU_BACKEND)).get_device_backend_map()
+    assert devices == {"cpu": "gloo", "cuda": "nccl"}
 
 
 def fail_on_rank_1() -> None:

@@ -195,13 +195,18 @@ def test_a_folder_of_something_else_is_not_written_over(tmp_path: Path) -> None:
     assert list((tmp_path / "alpha").glob("events*"))
 
 
-def test_a_pattern_that_takes_in_an_earlier_comparison_is_right(tmp_path: Path) -> None:
+def test_a_pattern_that_takes_in_an_earlier_comparison_and_sweeps_is_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("alpha", "beta", "zeta"):
         run_folder(tmp_path / name, ALPHA)
+    (tmp_path / "sweeps" / "tiny").mkdir(parents=True)
+    (tmp_path / "sweeps" / "tiny" / "sweep.yaml").write_text("name: tiny\n")
     for _ in range(2):
         with pytest.raises(SystemExit) as left:
             launch.main(["compare", *map(str, sorted(tmp_path.iterdir()))])
         assert left.value.code == 0
+        assert capsys.readouterr().err == f"{tmp_path / 'sweeps'} holds sweeps and no run; it is left out\n"
     assert {path.name for path in (tmp_path / "compare" / "tensorboard" / "training").iterdir()} == {
         "alpha",
         "beta",

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from distssl.data import images
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,11 @@ def load(source: str, downloads: Path, *, key: str) -> Any:
         downloads.mkdir(parents=True, exist_ok=True)
         return found(root=str(downloads), **options)
     except ValueError as error:  # torchvision's own check of the split's name
-        raise ConfigError(f"{key}={source}: {_one_line(error)}") from error
+        raise ConfigError(f"{key}={source}: {first_line(error)[:200]}") from error
     except (OSError, RuntimeError, EOFError, ImportError) as error:
         raise ConfigError(
-            f"{key}={source}: could not be downloaded ({_one_line(error)}). Without a network, put torchvision's files "
-            f"for {found.__name__} into {downloads}, or give a folder, zip, CSV or tars instead"
+            f"{key}={source}: could not be downloaded ({first_line(error)[:200]}). Without a network, put "
+            f"torchvision's files for {found.__name__} into {downloads}, or give a folder, zip, CSV or tars instead"
         ) from error
 
 
@@ -60,7 +60,7 @@ def item(data: Any, i: int) -> tuple[bytes, int]:
     try:
         picture, target = data[i][:2]
     except OSError as error:  # PIL's UnidentifiedImageError is one
-        raise images.ImageError(f"cannot be read: {_one_line(error)}") from error
+        raise images.ImageError(f"cannot be read: {first_line(error)[:200]}") from error
     label = int(target) if hasattr(target, "__index__") or getattr(target, "ndim", 1) == 0 else -1
     if isinstance(picture, bytes):
         return picture, label
@@ -125,8 +125,3 @@ def _has_other_train(parameter: inspect.Parameter) -> bool:
 
 def _splits(parameters: Any) -> str:
     return "; there are train and test" if "train" in parameters else "; give its name alone"
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).split("\n")
-    return lines[0][:200] if lines[0] else type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 from botocore import exceptions
 
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, first_line
 from distssl.on_ray.cluster_file import ClusterFile
 
 WORLD = ("0.0.0.0/0", "::/0")
@@ -22,7 +22,14 @@ LIVE = ["pending", "running", "stopping", "shutting-down"]
 
 def check(file: ClusterFile) -> dict[str, dict[str, float]]:
     """Resources by node type. Raises ConfigError with a line for each thing that AWS does not know."""
-    mistakes: list[str] = []
+    mistakes = [
+        f"{file.path}: available_node_types.{name}.node_config.{key}: missing; cluster/aws.yaml has one"
+        for name, kind in file.config["available_node_types"].items()
+        for key in ("InstanceType", "ImageId")
+        if not kind["node_config"].get(key)
+    ]
+    if mistakes:
+        raise ConfigError(*mistakes)
     with said_of(file):
         client = _client(file, "ec2")
         _client(file, "sts").get_caller_identity()
@@ -125,7 +132,7 @@ def said_of(file: ClusterFile) -> Iterator[None]:
         code, message = error.response["Error"]["Code"], error.response["Error"]["Message"]
         raise ConfigError(f"{file.path}: AWS refuses {error.operation_name}: {code}: {message}") from None
     except (exceptions.BotoCoreError, OSError) as error:
-        raise ConfigError(f"{file.path}: AWS cannot be reached: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file.path}: AWS cannot be reached: {first_line(error)}") from None
 
 
 def _client(file: ClusterFile, service: str) -> Any:
@@ -133,7 +140,11 @@ def _client(file: ClusterFile, service: str) -> Any:
 
 
 def _region(file: ClusterFile) -> str:
-    return file.config["provider"]["region"]
+    """Raises ConfigError where the file names none."""
+    found = file.config["provider"].get("region")
+    if not found:
+        raise ConfigError(f"{file.path}: provider.region: missing; a region of AWS is right, for example us-east-1")
+    return found
 
 
 def _described(describe: Any, **wanted: Any) -> list[dict[str, Any]]:

@@ -23,9 +23,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from distssl import atomic, settings
 from distssl.config import Section
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, first_line
 from distssl.on_ray import spot_watcher, token
-from distssl.on_ray.place import Workers
+from distssl.on_ray.place import Workers, share_of_cpus
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +94,11 @@ class ClusterFile:
             part.write_text(yaml.safe_dump(self.config, sort_keys=False))
         return path
 
-    def workers(self, resources: Mapping[str, Mapping[str, float]]) -> Workers:
+    def workers(self, resources: Mapping[str, Mapping[str, float]], kept_cpus: int = 0) -> Workers:
         """The workers of the whole cluster: one a GPU, or one a node where there are none.
 
-        resources: node type -> what a node of it has, as Ray counts it.
+        resources: node type -> what a node of it has, as Ray counts it. kept_cpus: of each node, for other work;
+        where the file says what a worker takes, it takes that.
         """
         if self.provider == "local":
             nodes, each = 1 + len(self.config["provider"].get("worker_ips") or ()), resources["local"]
@@ -106,7 +107,8 @@ class ClusterFile:
             nodes = min(kind.get("max_workers", self.config["max_workers"]), self.config["max_workers"])
             each = resources[name]
         gpus = int(each.get("GPU", 0))
-        share = self.options.worker or {"CPU": max(1, int(each.get("CPU", 1)) // max(gpus, 1)), "GPU": int(gpus > 0)}
+        cpus = share_of_cpus(each.get("CPU", 1), max(gpus, 1), kept_cpus)
+        share = self.options.worker or {"CPU": cpus, "GPU": int(gpus > 0)}
         return Workers(self.options.workers or nodes * max(gpus, 1), share.get("CPU", 1), share.get("GPU", 0))
 
 
@@ -122,19 +124,29 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_schema(path: Path, tree: dict[str, Any]) -> None:
-    missing = [key for key in ("cluster_name", "provider", "auth") if key not in tree]
-    if missing:
-        raise ConfigError(f"{path}: {', '.join(missing)} missing; cluster/aws.yaml has a whole file")
+    _check_keys(path, tree, "cluster_name", "provider", "auth")
     kind = tree["provider"].get("type") if isinstance(tree["provider"], dict) else None
     if kind not in PROVIDERS:
         raise ConfigError(f"{path}: provider.type={kind}: {', '.join(PROVIDERS)} are right")
+    if kind != "local":  # what Ray would fill in, but not for us
+        _check_keys(path, tree, "max_workers", "head_node_type", "available_node_types")
     try:
         validate_config(prepare_config(copy.deepcopy(tree)))
     except jsonschema.ValidationError as error:
         key = ".".join(map(str, error.absolute_path))
         raise ConfigError(f"{path}: {key or 'the file'}: {error.message.splitlines()[0]}") from None
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: {first_line(error)}") from None
+    if kind != "local" and len(tree["available_node_types"]) == 1:
+        raise ConfigError(
+            f"{path}: available_node_types: {tree['head_node_type']} is the head; a worker type is missing"
+        )
+
+
+def _check_keys(path: Path, tree: Mapping[str, Any], *keys: str) -> None:
+    missing = [key for key in keys if key not in tree]
+    if missing:
+        raise ConfigError(f"{path}: {', '.join(missing)} missing; cluster/aws.yaml has a whole file")
 
 
 def _check_security(path: Path, tree: Mapping[str, Any]) -> None:

@@ -82,8 +82,6 @@ def stop(job: str | None, target: Target, console: Console) -> int:
 
 
 def down(target: Target, console: Console) -> int:
-    if target.address:
-        raise ConfigError("--address: a cluster that somebody else runs is not ours to end; --cluster FILE is right")
     with Cluster(target, console) as there:
         assert there.file
         with console.status(f"taking {there.name} down"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -16,18 +19,27 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.data import order
 from distssl.downstream import evaluate as evaluating
+from distssl.errors import ConfigError, RunError
+from distssl.job import Folders
 from distssl.mirror import Mirror
 from distssl.on_ray import place
 from distssl.run_folder import Found
 
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
 STOPPED = 130  # the exit code of a command that was asked to stop
+PREPARED_WITHIN_S = 7 * 24 * 3600  # packing and indexing may take many hours
 
 
 def pretrain(run: Run, console: Console, errors: Console) -> int:
     """Pretrain, show what came of it; the exit code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _under_torchrun(run, console)
-    num_workers = _num_workers(run.machine.workers, [order.lanes_of(run)])
+    workers = run.machine.workers
+    if _under_torchrun():
+        _say_ignored(workers, "machine.workers")
+        return _pretrain_under_torchrun(run, console)
+    num_workers = _num_workers(workers, [order.lanes_of(run)], f"machine.workers={workers}")
     console.print(f"preparing {run.data.source}", soft_wrap=True)
     data = job.prepare(run, num_workers or 1)
     console.print(f"run {run.run_name}, {num_workers or 'no'} Ray worker{'s' if num_workers != 1 else ''}")
@@ -55,58 +67,79 @@ def evaluate(found: Found, tasks: Sequence[str] | None, num_workers: int | None,
     num_workers: of Ray; null: this process, or one of torchrun's, and on a cluster as many as it has room for.
     """
     wanted = tasks or config.TASKS
-    if "TORCHELASTIC_RUN_ID" not in os.environ and (num_workers or place.on_cluster()):
+    if _under_torchrun():
+        _say_ignored(num_workers, "--workers")
+    elif num_workers or place.on_cluster():
         from distssl.on_ray import evaluate as on_ray
 
         lanes = [order.default_lanes(batch) for batch in evaluating.batches(found.run, wanted)]
-        num_workers = _num_workers(num_workers, lanes)
+        num_workers = _num_workers(num_workers, lanes, f"--workers {num_workers}")
         of_ray = f"{num_workers} Ray worker{'s' if num_workers != 1 else ''}"
         console.print(f"evaluating {found.place}, {of_ray}", soft_wrap=True)
         on_ray.run(found, tasks, num_workers)
         report.show(found.folder, console, found.run.run_url)
         return
-    with one_of_the_ranks(found.folder, lambda: job.folders(found.run, wanted)) as ours:
-        job.evaluate_run(found.run, ours, tasks)
+    folders = functools.partial(job.folders, found.run, wanted)
+    with _one_of_the_ranks(found.folder, folders, folders) as (ours, data):
+        job.evaluate_run(found.run, ours, tasks, data)
         if ours.rank == 0:
             report.show(found.folder, console, found.run.run_url)
 
 
-def _under_torchrun(run: Run, console: Console) -> int:
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _say_ignored(workers: int | None, key: str) -> None:
+    if workers is not None and os.environ["RANK"] == "0":
+        log.info("%s=%d is ignored: torchrun says how many ranks there are", key, workers)
+
+
+def _pretrain_under_torchrun(run: Run, console: Console) -> int:
     """This process is one of torchrun's: rank 0 prepares, all of them train."""
-    with (
-        one_of_the_ranks(run.run_dir, lambda: job.prepare(run, collectives.world_size())) as ours,
-        _torchrun_asks(ours, console),
-    ):
-        finished = job.pretrain(run, ours, job.folders(run))
+    prepare, folders = lambda: job.prepare(run, collectives.world_size()), lambda: job.folders(run)
+    with _one_of_the_ranks(run.run_dir, prepare, folders) as (ours, data), _torchrun_asks(ours, console):
+        finished = job.pretrain(run, ours, data)
         if ours.rank == 0 and finished:
             report.show(run.run_dir, console, run.run_url)
     return 0 if finished else STOPPED
 
 
 @contextmanager
-def one_of_the_ranks(run_dir: Path, prepare: Callable[[], object]) -> Iterator[Context]:
-    """This process alone, or one of torchrun's; rank 0 prepares before all go on."""
+def _one_of_the_ranks(
+    run_dir: Path, prepare: Callable[[], object], folders: Callable[[], Folders]
+) -> Iterator[tuple[Context, Folders]]:
+    """This process alone, or one of torchrun's, with what it reads: rank 0 prepares, then each host has folders."""
     collectives.init()
     try:
         with Context(run_dir) as ours:
-            if ours.rank == 0:
-                prepare()
-            collectives.barrier()
-            yield ours
+            _together(lambda: prepare() if ours.rank == 0 else None)
+            yield ours, _together(folders)
     finally:
         collectives.shutdown()
 
 
-def _num_workers(asked: int | None, shared: Sequence[int]) -> int:
+def _together(call: Callable[[], T]) -> T:
+    """`call()` on every rank, for as long as it takes. A mistake of one ends all of them; rank 0 says it."""
+    try:
+        return collectives.patiently(call, PREPARED_WITHIN_S)
+    except (ConfigError, RunError) as error:
+        if collectives.rank() == 0:
+            raise
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _num_workers(asked: int | None, shared: Sequence[int], because: str) -> int:
     """What the user says, else what the place has room for: the most that divide each of some numbers.
 
-    Raises ConfigError where a cluster has no room for so many.
+    because: how the user said it. Raises ConfigError where there is no room for so many.
     """
     if place.on_cluster():
         room = place.start()
-        room.require(asked or 1, f"--workers {asked}")
+        room.require(asked or 1, because)
         most = room.most
     else:
+        place.require_gpus(asked or 1, because)
         most = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     if asked is not None:
         return asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import shlex
 import shutil
@@ -15,13 +16,14 @@ from pathlib import Path
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from distssl.errors import ConfigError, RunError
+from distssl.errors import ConfigError, RunError, first_line
 from distssl.on_ray.tunnel import Way
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = ("launch.py", "pyproject.toml", "distssl", "configs")
 PROJECT = "distssl"  # of our jobs, in their metadata
 NAME = "job_name"  # where the dashboard looks for it
+FILES = "files"  # a digest of those that it was submitted with
 LOST_S = 600  # a head that does not answer for so long is gone
 POLL_S = 1.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
@@ -73,22 +75,41 @@ def command_of(job: JobDetails) -> list[str]:
     return json.loads((job.metadata or {}).get("command", "[]"))[2:]
 
 
+def has_files(job: JobDetails, files: Mapping[str, str]) -> bool:
+    """Whether a job was submitted with just these, by name and content."""
+    return (job.metadata or {}).get(FILES) == _digest(files)
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def submit(
     client: JobSubmissionClient,
     name: str,
     command: Sequence[str],
     folder: Path,
     environment: Mapping[str, str],
+    files: Mapping[str, str] | None = None,
     kind: str = "work",
 ) -> str:
-    """Start a job on the head; its id: the name with the first number that is free."""
+    """Start a job on the head; its id: the name with the first number that is free.
+
+    folder: the `shipment` of `files`.
+    """
     taken = {job.submission_id for job in client.list_jobs()}
     job = next(one for number in range(1, len(taken) + 2) if (one := f"{name}-{number}") not in taken)
     client.submit_job(
         entrypoint=shlex.join(command),
         submission_id=job,
         runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
-        metadata={"project": PROJECT, "kind": kind, NAME: name, "command": json.dumps(list(command))},
+        metadata={
+            "project": PROJECT,
+            "kind": kind,
+            NAME: name,
+            "command": json.dumps(list(command)),
+            FILES: _digest(files or {}),
+        },
     )
     return job
 
@@ -165,8 +186,3 @@ def _exit_code(details: JobDetails) -> int:
     if details.status == JobStatus.STOPPED:
         return 130
     return details.driver_exit_code or 1
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

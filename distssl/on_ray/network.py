@@ -19,6 +19,8 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from distssl import collectives
+
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -27,7 +29,7 @@ def layout(num_workers: int, share: dict[str, int]) -> dict[str, Any]:
     """A TorchTrainer's arguments for so many workers, each of which takes a share: {"CPU": ..., "GPU": 0 or 1}."""
     return {
         "scaling_config": ScalingConfig(num_workers=num_workers, use_gpu=share["GPU"] > 0, resources_per_worker=share),
-        "torch_config": BoundTorchConfig(backend="nccl" if share["GPU"] else "gloo"),
+        "torch_config": BoundTorchConfig(backend=collectives.GPU_BACKEND if share["GPU"] else "gloo"),
     }
 
 

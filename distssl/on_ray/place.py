@@ -55,13 +55,26 @@ def on_cluster() -> bool:
     return CLUSTER in os.environ
 
 
+def require_gpus(num_workers: int, because: str) -> None:
+    """Raise ConfigError where this machine has GPUs, but not one for each worker: some would wait for ever.
+
+    because: what the user said that asks for them.
+    """
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < num_workers:
+        raise ConfigError(f"{because}: this machine has {num_gpus} GPUs, one a worker; at most {num_gpus} is right")
+
+
 def start(workers: int | None = None, kept_cpus: int = 0) -> Workers:
-    """Join the cluster, or start Ray here with room for so many workers, and for `kept_cpus` of other work."""
+    """Join the cluster, or start Ray here with room for so many workers, and on each host `kept_cpus` of other work.
+
+    Of a cluster whose `Workers` somebody else says, the share is what it says.
+    """
     os.environ |= ENVIRONMENT
     if on_cluster():
         if not ray.is_initialized():
             ray.init(address="auto", logging_level=logging.ERROR)
-        return Workers(**json.loads(os.environ[WORKERS])) if WORKERS in os.environ else _of_live_nodes()
+        return Workers(**json.loads(os.environ[WORKERS])) if WORKERS in os.environ else _of_live_nodes(kept_cpus)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts the machine the driver runs on
     workers = workers or 1
     cpus = max(os.cpu_count() or 1, workers + kept_cpus)
@@ -85,8 +98,12 @@ def _address_known() -> Iterator[None]:
 
 def beside_driver(kind: type, **options: Any) -> Any:
     """A new actor of a class, on this host: not on one that may be taken away. options: more of Ray's."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, **options).remote()
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=on_this_host(), **options).remote()
+
+
+def on_this_host() -> NodeAffinitySchedulingStrategy:
+    """Where Ray is to put a task or an actor: here or nowhere."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def resource_of_this_host() -> str:
@@ -95,12 +112,18 @@ def resource_of_this_host() -> str:
     return next(f"node:{node['NodeManagerAddress']}" for node in ray.nodes() if node["NodeID"] == here)
 
 
-def _of_live_nodes() -> Workers:
+def _of_live_nodes(kept_cpus: int) -> Workers:
     """A worker a GPU, or a node where there are none; of a cluster that somebody else runs."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if not nodes:
         raise RunError("no node of the cluster has a CPU to give")
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     if not any(gpus):
-        return Workers(len(nodes), int(min(node["CPU"] for node in nodes)), 0)
-    return Workers(sum(gpus), int(min(node["CPU"] // gpu for node, gpu in zip(nodes, gpus, strict=True) if gpu)), 1)
+        return Workers(len(nodes), min(share_of_cpus(node["CPU"], 1, kept_cpus) for node in nodes), 0)
+    shares = [share_of_cpus(node["CPU"], gpu, kept_cpus) for node, gpu in zip(nodes, gpus, strict=True) if gpu]
+    return Workers(sum(gpus), min(shares), 1)
+
+
+def share_of_cpus(cpus: float, num_workers: int, kept: int) -> int:
+    """The CPUs of each worker of a host that has `cpus`, of which some are kept from them."""
+    return max(1, int(cpus - kept) // num_workers)

@@ -44,6 +44,7 @@ class RayContext(Context):
         self._written: Future[Path] = Future()  # the checkpoint committed last
         self._storage = train.get_context().get_storage()
         self._evaluations: dict[Any, int] = {}  # what Ray will give -> the step it is of
+        self._latest: Any = None  # of those that were started
         self._gauges = Gauges(run.run_name, run.method.name)
 
     def commit(self, write: Callable[[], Path], metrics: Mapping[str, float]) -> None:
@@ -95,15 +96,19 @@ class RayContext(Context):
         if self._eval_cpus is None:
             return False
         if self.rank == 0:
-            task = ray.remote(num_cpus=self._eval_cpus)(_evaluate)
-            self._evaluations[task.remote(evaluate, self._eval_cpus)] = step
+            # On this host, which has what it reads. It asks Ray for no CPU: its own were kept from the workers, and
+            # the autoscaler would start another host for it.
+            task = ray.remote(_evaluate).options(num_cpus=0, scheduling_strategy=place.on_this_host())
+            self._latest = task.remote(evaluate, self._eval_cpus, self._latest)
+            self._evaluations[self._latest] = step
         return True
 
     def evaluated(self, wait: bool = False) -> list[tuple[int, dict[str, float]]]:
         started = list(self._evaluations)
         if not started:
             return []
-        done, _ = ray.wait(started, num_returns=len(started), timeout=None if wait else 0)
+        # On a host that is about to be taken away there is no time for them.
+        done, _ = ray.wait(started, num_returns=len(started), timeout=None if wait and not self._draining else 0)
         return [(self._evaluations.pop(found), ray.get(found)) for found in done]
 
     def pending(self) -> set[int]:
@@ -120,8 +125,9 @@ class RayContext(Context):
         super().__exit__(*exc_info)
 
 
-def _evaluate(evaluate: Callable[[], dict[str, float]], threads: int) -> dict[str, float]:
-    """The whole of a task of Ray's."""
+def _evaluate(evaluate: Callable[[], dict[str, float]], threads: int, before: object) -> dict[str, float]:
+    """The whole of a task of Ray's, which starts it once there is what the one before found: one at a time."""
+    del before
     torch.set_num_threads(threads)
     return evaluate()
 

@@ -10,6 +10,7 @@ from ray.autoscaler._private.util import prepare_config
 from ray.job_submission import JobSubmissionClient
 
 from distssl import settings
+from distssl.errors import first_line
 from distssl.on_ray import jobs, place
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def _has_work(client: JobSubmissionClient) -> bool:
     try:
         return bool(jobs.at_work(client))
     except jobs.LOST as error:
-        log.warning("%s", jobs.first_line(error))
+        log.warning("%s", first_line(error))
         return True
 
 

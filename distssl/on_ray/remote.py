@@ -100,7 +100,8 @@ class Cluster:
         workers = None
         if self.file:
             self.say(f"checking {self.target.cluster}")
-            workers = self.file.workers(cluster.check(self.file))
+            kept_cpus = (errand.run.machine.eval_cpus or 0) if errand.run else 0
+            workers = self.file.workers(cluster.check(self.file), kept_cpus)
             workers.require(*errand.demand)
             if errand.run:
                 _check_lanes(errand.run, workers)
@@ -117,7 +118,11 @@ class Cluster:
         self.say(f"cluster {self.name} is up after {time.monotonic() - started:.0f} s")
 
     def submit(self, errand: Errand, workers: Workers | None) -> str:
-        """Start the errand's job; the one that is doing it already where there is one. Its id."""
+        """Start the errand's job; the one that is doing it already where there is one. Its id.
+
+        Raises ConfigError where that one does it with other settings.
+        """
+        doing = self._doing(errand)
         environment = {**place.ENVIRONMENT, **OF_JOBS, place.CLUSTER: self.name}
         environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         if self.file:
@@ -129,16 +134,27 @@ class Cluster:
         with jobs.shipment(errand.files) as folder:
             if self.target.down_when_done:  # first, so that no job is without it
                 self._serve(reaper.NAME, ["python", "-m", "distssl.on_ray.reaper"], folder, environment)
-            for running in jobs.running(self.client, errand.name):
-                if jobs.command_of(running) != errand.command:
-                    continue  # another evaluation of the same run
-                self.say(f"job {running.submission_id} is doing that already")
-                return str(running.submission_id)
-            job = jobs.submit(self.client, errand.name, ["python", "launch.py", *errand.command], folder, environment)
+            if doing:
+                self.say(f"job {doing} is doing that already")
+                return doing
+            command = ["python", "launch.py", *errand.command]
+            job = jobs.submit(self.client, errand.name, command, folder, environment, errand.files)
             if errand.run and self.file:
                 where = ("--logdir", str(errand.run.machine.storage), "--host", "127.0.0.1", "--port", str(TENSORBOARD))
                 self._serve(BOARD, ["tensorboard", *where], folder, environment)
         return job
+
+    def _doing(self, errand: Errand) -> str | None:
+        """The job that does the errand already; None where there is none."""
+        for running in jobs.running(self.client, errand.name):
+            if jobs.command_of(running) != errand.command:
+                continue  # another evaluation of the same run
+            job = str(running.submission_id)
+            if not jobs.has_files(running, errand.files):
+                end = f"python launch.py stop {job} {self.options}"
+                raise ConfigError(f"name: job {job} runs with other settings; say name=ANOTHER, or end it first: {end}")
+            return job
+        return None
 
     def _serve(self, name: str, command: list[str], folder: Path, environment: Mapping[str, str]) -> None:
         """Have a service run on the head, once, and in place of one of its name that does something else."""

@@ -37,12 +37,14 @@ TRIAL_FAILURES = 1  # of a trial as a whole
 WAIT_FOR_WORKERS_S = "300"  # then a trial whose workers do not come fails and is tried again, instead of hanging
 
 
-def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome]:
-    """Run all trials on a Ray started for it, or on the cluster whose head this is.
+def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome] | None:
+    """Run all trials on a Ray started for it, or on the cluster whose head this is; None where a Ctrl-C was before.
 
-    tell: called as each ends. They are kept in outcomes.jsonl too. Raises ConfigError where the folder holds another
-    sweep, or the cluster has no room for a batch of trials.
+    tell: called as each ends. All of them are kept in outcomes.jsonl too. Raises ConfigError where the folder holds
+    another sweep, or there is no room for a batch of trials.
     """
+    if not place.on_cluster():
+        place.require_gpus(*swept.demand)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_FOR_WORKERS_S)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one speaks at any verbosity
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -53,6 +55,8 @@ def run(swept: Sweep, tell: Callable[[Outcome], None]) -> list[Outcome]:
         outcomes = _run(swept, tell, room.share)
     finally:
         ray.shutdown()
+    if len(outcomes) < swept.num_trials:
+        return None  # after a Ctrl-C Tune ends as if all was done
     sweep.keep(swept, outcomes)
     return outcomes
 

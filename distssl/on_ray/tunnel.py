@@ -13,7 +13,7 @@ from typing import TypeVar
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from distssl.errors import ConfigError, RunError
+from distssl.errors import ConfigError, RunError, first_line
 from distssl.on_ray import cluster, token
 from distssl.on_ray.cluster_file import ClusterFile
 
@@ -55,9 +55,10 @@ class Way:
             except AuthenticationError:
                 raise ConfigError(f"{self.dashboard}: the token of {token.FILE} is not the cluster's") from None
             except (ConnectionError, RuntimeError, OSError) as error:
-                said = (str(error).splitlines() or [type(error).__name__])[0]
                 if time.monotonic() > deadline:
-                    raise RunError(f"{self.dashboard}: no answer in {within_s:.0f} s: {said}{self._words()}") from None
+                    raise RunError(
+                        f"{self.dashboard}: no answer in {within_s:.0f} s: {first_line(error)}{self._words()}"
+                    ) from None
             time.sleep(TRY_S)
 
     def __enter__(self: Self) -> Self:

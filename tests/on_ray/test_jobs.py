@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 
+from ray.train.torch.config import _is_backend_nccl
+
+from distssl import collectives
 from distssl.on_ray import jobs, network
 
 
@@ -33,6 +36,13 @@ def test_what_is_shipped_is_the_code_and_no_more() -> None:
             [sys.executable, "launch.py", "--help"], cwd=folder, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_workers_with_gpus_have_a_group_for_tensors_of_both_devices() -> None:
+    backend = network.layout(2, {"CPU": 1, "GPU": 1})["torch_config"].backend
+    assert backend == collectives.GPU_BACKEND
+    assert _is_backend_nccl(backend)  # so that Ray sets what nccl needs
+    assert network.layout(2, {"CPU": 1, "GPU": 0})["torch_config"].backend == "gloo"
 
 
 def test_the_interface_of_an_address() -> None:

@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from distssl import checkpoint, config, job, monitor
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
+from distssl.on_ray import place
 from tests import processes, runs
 from tests.conftest import Ranks
 
@@ -60,7 +63,14 @@ def undisturbed(ranks: Callable[[int], Ranks], packed: Path, tmp_path_factory: p
 class Driver:
     """`launch.py pretrain` with two workers, in a process group of its own as a shell would start it."""
 
-    def __init__(self, source: Path, storage: Path, *overrides: str, launcher: Sequence[str] = RAY) -> None:
+    def __init__(
+        self,
+        source: Path,
+        storage: Path,
+        *overrides: str,
+        launcher: Sequence[str] = RAY,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.run_dir = storage / "disturbed"
         self.log = storage / "driver.log"
         run = runs.tiny(source, storage, "name=disturbed", *SETTINGS)
@@ -69,6 +79,7 @@ class Driver:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, "--config", storage / "run.yaml", *overrides],
                 cwd=ROOT,
+                env=os.environ | (environ or {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -126,8 +137,8 @@ class Driver:
 def start(packed: Path, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
-    def started(*overrides: str, launcher: Sequence[str] = RAY) -> Driver:
-        drivers.append(Driver(packed, tmp_path, *overrides, launcher=launcher))
+    def started(*overrides: str, **options: Any) -> Driver:
+        drivers.append(Driver(packed, tmp_path, *overrides, **options))
         return drivers[-1]
 
     yield started
@@ -250,3 +261,24 @@ def test_evaluations_beside_the_training_land_on_their_steps(
     kept = checkpoint.folder(driver.run_dir.parent / "beside")
     told = [json.loads((path / checkpoint.MANIFEST).read_text())["metrics"] for path in kept.glob("step_*")]
     assert any("knn" in metrics for metrics in told)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and a host with one, here."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+def test_evaluations_beside_the_training_need_no_more_of_a_cluster_than_its_workers_leave(
+    start: Callable[..., Driver], cluster: Cluster
+) -> None:
+    there = {place.CLUSTER: "here", "RAY_ADDRESS": cluster.address}
+    driver = start("machine.eval_cpus=1", "eval.every=1", "eval.tasks=[knn]", "--workers=1", environ=there)
+    assert driver.exit_code() == 0, driver.log.read_text()
+    rows = monitor.read_jsonl(driver.run_dir / monitor.METRICS)
+    assert sorted(row["step"] for row in rows if "knn" in row) == [
+        (epoch + 1) * STEPS_PER_EPOCH for epoch in range(EPOCHS)
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -112,6 +113,21 @@ def test_a_killed_sweep_ends_as_one_that_was_not(pretrained: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "broken/run/summary.json").read_text())["rows"]
     assert best.value in [row["value"] for row in rows if row["metric"] == "accuracy"]
+
+
+@pytest.mark.timeout(1200)
+def test_a_sweep_that_is_interrupted_keeps_no_half_of_its_outcomes(pretrained: Path, tmp_path: Path) -> None:
+    run = copied(pretrained, tmp_path / "run")
+    file = written(tmp_path / "sweep", run, num_trials=3, parallel=1)
+    process = start(file)
+    wait_for(lambda: any((run / "fits").glob("*/result.json")), 600)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "stopped; the same command goes on with what is left of the trials" in said
+    assert "the best again" not in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "sweep/sweeps/tiny/outcomes.jsonl").exists()
 
 
 def begun(fit: Path) -> bool:
