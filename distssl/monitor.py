@@ -24,11 +24,11 @@ NUM_PICTURES = 8  # samples in a picture
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of a .jsonl after `step`, those of work that a resumed run does again."""
+    """Drop the lines of a .jsonl after `step`, those of work that a resumed run does again, and a line cut short."""
     if not path.exists():
         return
     with atomic.replacing(path) as file:
-        file.write_text("".join(f"{json.dumps(row)}\n" for row in read_jsonl(path) if row["step"] <= step))
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in read_jsonl(path) if row.get("step", 0) <= step))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir = run_dir
-        for name in (METRICS, LEDGER):
+        for name in (METRICS, LEDGER, QUARANTINE):  # the last has no steps: only a line cut short goes
             cut_back(run_dir / name, step)
         self._writer = SummaryWriter(run_dir, purge_step=step + 1)
         self._metrics = run_dir / METRICS
