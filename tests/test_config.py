@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distssl import config, method
+from distssl import config, method, settings
 from distssl.config import Run
 from distssl.errors import ConfigError
 from tests import runs
@@ -78,17 +78,30 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(None, "No such file"), ("a: [", "not YAML"), ("- a\n- b\n", "holds list"), ("", "holds NoneType")],
+    [
+        (None, "No such file"),
+        ("a: [", "not YAML"),
+        ("- a\n- b\n", "holds list"),
+        ("", "holds NoneType"),
+        ("name: caf\xe9", "is not UTF-8 text"),
+    ],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str | None, told: str) -> None:
     file = tmp_path / "run.yaml"
     if text is not None:
-        file.write_text(text)
+        file.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=told) as raised:
         config.load(file, [], method.options)
     (message,) = raised.value.messages
     assert message.startswith(f"--config {file}: ")
     assert "\n" not in message
+
+
+def test_files_that_extend_each_other_are_told(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
+    with pytest.raises(ConfigError, match=r"--cluster .*a\.yaml: extends itself"):
+        settings.read_extending(tmp_path / "a.yaml", "--cluster")
 
 
 def test_what_is_dumped_is_complete_and_comes_back_the_same(tmp_path: Path) -> None:
