@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from distssl import mirror, settings, stores
 from distssl.errors import ConfigError
+from distssl.settings import Range
 
 FROZEN_TASKS = ("knn", "linear", "retrieval", "cluster")  # on a frozen backbone's features
 FITTED_TASKS = ("finetune", "segment", "detect", "depth", "keypoints")  # a network is trained
@@ -111,7 +112,7 @@ class Fit(Section):
         default=None, description="what learns: all, the head alone, or the head and so many of the last stages"
     )
     size_px: PositiveInt | None = Field(default=None, description="side of the views")
-    window: tuple[float, float] | None = Field(default=None, description="side of the training window, share of image")
+    window: Range | None = Field(default=None, description="side of the training window, share of image")
     flip: float | None = Field(default=None, ge=0, le=1)
     jitter: float | None = Field(default=None, ge=0, le=1, description="strength of the colour jitter")
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from distssl.errors import ConfigError
+
+
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    low, high = ends
+    if not 0 < low <= high < math.inf:
+        raise ValueError("two numbers above 0, the lower first, are right")
+    return ends
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]  # of sizes that are drawn, both ends above 0
 
 
 def read(file: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -44,6 +44,12 @@ def mistakes(*overrides: str) -> list[str]:
         ("name=a/b", ["name='a/b'"]),
         ("name=..", ["name='..'"]),
         ("data.source=", ["data.source"]),
+        ("method.augment.blur_sigma=[0, 0]", ["method.augment.blur_sigma=[0, 0]", "two numbers above 0, the lower"]),
+        ("method.augment.blur_sigma=[2.0, 0.1]", ["method.augment.blur_sigma=[2.0, 0.1]", "the lower first"]),
+        ("method.augment.crop_aspect=[0, 1]", ["method.augment.crop_aspect=[0, 1]", "above 0"]),
+        ("method.augment.crop_area=[0.5, .inf]", ["method.augment.crop_area=[0.5, inf]"]),
+        ("method.augment.crop_area=[0.5]", ["method.augment.crop_area"]),
+        ("eval.fit.window=[0, 0]", ["eval.fit.window=[0, 0]", "above 0"]),
         ("eval.tasks=[knn, segments]", ["eval.tasks", "'linear', 'retrieval'"]),
     ],
 )
@@ -53,6 +59,13 @@ def test_a_mistake_is_told_in_one_line_with_its_key(override: str, told: list[st
     assert "\n" not in message
     for part in told:
         assert part in message
+
+
+@pytest.mark.parametrize("name", ["swav", "dino", "deepcluster_v2", "moco_v3", "moco_v2"])
+def test_every_methods_crops_are_checked(name: str) -> None:
+    views = [key for key in ("augment", "local") if key in method.options(name).model_fields]
+    told = mistakes(f"method.name={name}", *(f"method.{key}.crop_area=[0.6, 0.3]" for key in views))
+    assert [message.partition("=")[0] for message in told] == [f"method.{key}.crop_area" for key in views]
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -37,12 +37,12 @@ NONE = -1
 
 
 class Large(augment.Augment):
-    crop_area: tuple[float, float] = (0.14, 1.0)
+    crop_area: augment.Range = (0.14, 1.0)
 
 
 class Small(augment.Augment):
     size_px: int = Field(default=96, ge=8)
-    crop_area: tuple[float, float] = (0.05, 0.14)
+    crop_area: augment.Range = (0.05, 0.14)
 
 
 class Config(method.Options):

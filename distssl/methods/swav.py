@@ -29,12 +29,12 @@ from distssl.nn.queue import Queue
 
 
 class Large(Augment):
-    crop_area: tuple[float, float] = (0.14, 1.0)
+    crop_area: augment.Range = (0.14, 1.0)
 
 
 class Small(Augment):
     size_px: int = Field(default=96, ge=8)
-    crop_area: tuple[float, float] = (0.05, 0.14)
+    crop_area: augment.Range = (0.05, 0.14)
 
 
 class Config(method.Options):
