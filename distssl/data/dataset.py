@@ -202,22 +202,27 @@ class Dataset:
 
 
 def _copied(url: str, machine: Machine) -> Path:
-    """The folder of machine.cache with a copy of the index at `url` as it is now. Processes of a node take turns."""
+    """The folder of machine.cache with a copy of the index at `url` as it is now.
+
+    Processes of a node take turns, also where they want other indexes: one deletes what has not been used for long.
+    """
+    copies = machine.cache / "indexes"
     try:
         text = transfer.read(f"{url}/{indexing.DATASET}", machine.retry_s)
-        folder = machine.cache / "indexes" / hashlib.sha256(url.encode() + text).hexdigest()[:24]
-        atomic.make_folder(folder)
-        with atomic.locked(folder):
+        folder = copies / hashlib.sha256(url.encode() + text).hexdigest()[:24]
+        atomic.make_folder(copies)
+        with atomic.locked(copies):
+            folder.mkdir(exist_ok=True)
             if not (folder / indexing.DATASET).exists():
                 transfer.fetch(f"{url}/{indexing.INDEX}", folder / indexing.INDEX, machine.retry_s)
                 with atomic.replacing(folder / indexing.DATASET) as file:
                     file.write_bytes(text)
             os.utime(folder)
+            used = sorted((each for each in copies.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime_ns)
+            for old in used[:-INDEXES]:
+                shutil.rmtree(old, ignore_errors=True)  # who has it open keeps what is open
     except transfer.RefusedError as error:
         raise ConfigError(f"{error}; {AGAIN}") from error
-    used = sorted(folder.parent.iterdir(), key=lambda each: each.stat().st_mtime_ns)
-    for old in used[:-INDEXES]:
-        shutil.rmtree(old, ignore_errors=True)  # who has it open keeps what is open
     return folder
 
 
