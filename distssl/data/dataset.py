@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from distssl import atomic
 from distssl.config import Machine
 from distssl.data import annotations, fetching, indexing, locations, transfer
+from distssl.data.annotations import LABEL
 from distssl.data.locations import Place
 from distssl.data.transfer import Tar
 from distssl.errors import ConfigError
@@ -152,20 +153,16 @@ class Dataset:
                 keys[i] = column[int(ids[i] - self.shard_first[group])].as_py()
         return keys
 
-    def labelled_ids(self, chunk: int = 1 << 20) -> np.ndarray:
-        """The ids of the samples that have a label, int64, ascending; `chunk` rows are looked at at a time."""
-        found = [np.empty(0, np.int64)]
-        for start in range(0, self.num_samples, chunk):
-            ids = np.arange(start, min(start + chunk, self.num_samples))
-            found.append(ids[self.rows(ids).label >= 0])
-        return np.concatenate(found)
+    def ids_with(self, kind: str, chunk: int = 1 << 20) -> np.ndarray:
+        """The ids of the samples with a kind of annotation, or with a label, int64, ascending.
 
-    def annotated_ids(self, kind: str, chunk: int = 1 << 20) -> np.ndarray:
-        """The ids of the samples that have such an annotation, likewise."""
+        kind: LABEL or one of annotations.KINDS. `chunk` rows are looked at at a time.
+        """
         found = [np.empty(0, np.int64)]
         for start in range(0, self.num_samples, chunk):
             ids = np.arange(start, min(start + chunk, self.num_samples))
-            found.append(ids[self.rows(ids, (kind,)).annotation_size[kind] > 0])
+            rows = self.rows(ids, () if kind == LABEL else (kind,))
+            found.append(ids[rows.label >= 0 if kind == LABEL else rows.annotation_size[kind] > 0])
         return np.concatenate(found)
 
     def _shards(self, ids: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ MOST_MEASURED = 200  # depth maps looked at before the training
 MOST_NAMED = 5  # mistakes in one message
 OVERHANG_PX = 1.0  # of a box over the image's edge: annotation tools count pixels in several ways
 
-LABEL = "label"  # a class for the image; other kinds of labels are annotations.KINDS
+LABEL = annotations.LABEL  # other kinds of labels are annotations.KINDS
 WHERE = {
     LABEL: "class subfolders, a label column or .cls files",
     "mask": "KEY.mask.png beside each image",
@@ -63,17 +63,13 @@ def find(train: Dataset, test: Dataset | None, kind: str, name: str, key: str = 
             f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
             f"{_some(train.classes)}; the same names in the same order are right"
         )
-    train_ids = _ids(train, kind)
-    train_ids, test_ids = split(train_ids) if test is None else (train_ids, _ids(test, kind))
+    train_ids = train.ids_with(kind)
+    train_ids, test_ids = split(train_ids) if test is None else (train_ids, test.ids_with(kind))
     if not len(train_ids) or not len(test_ids):
         key = key if not len(train_ids) else "eval.test_source"
         what = "labelled images" if kind == LABEL else f"images with {kind}"
         raise ConfigError(f"{key}: has no {what}; {WHERE[kind]} are right")
     return Labelled(train, train_ids, test or train, test_ids, name)
-
-
-def _ids(dataset: Dataset, kind: str) -> np.ndarray:
-    return dataset.labelled_ids() if kind == LABEL else dataset.annotated_ids(kind)
 
 
 def _some(classes: Sequence[str]) -> str:

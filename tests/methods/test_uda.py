@@ -161,6 +161,6 @@ def test_images_without_labels_are_never_asked_for_theirs(tmp_path: Path) -> Non
     for i, path in enumerate(sorted(folder.rglob("*.*g"))):
         path.rename(flat / f"{i}{path.suffix}")
     packed = shards.pack(str(flat), tmp_path / "packed")
-    assert np.array_equal(Dataset.open(packed).labelled_ids(), [])
+    assert np.array_equal(Dataset.open(packed).ids_with("label"), [])
     with pytest.raises(ConfigError, match="more than the 0 labels"):
         plan.of_labelled(runs.tiny(packed, tmp_path, "method.name=uda"), Dataset.open(packed), 1)
