@@ -75,7 +75,7 @@ def _check_labels(run: Run, ready: Folders) -> None:
         for task in run.eval.tasks:
             kind = evaluate.kind(task)
             if run.eval.source or labels.has(train, kind):
-                evaluate.check(task, labels.find(train, test, kind, ""), run.eval.num_classes)
+                evaluate.check(task, evaluate.labelled(run, train, test, kind), run.eval.num_classes)
 
 
 def _refuse_another(run: Run, there: Run | None) -> None:
