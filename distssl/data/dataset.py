@@ -215,8 +215,8 @@ def _copied(url: str, machine: Machine) -> Path:
                 with atomic.replacing(folder / indexing.DATASET) as file:
                     file.write_bytes(text)
             os.utime(folder)
-            used = sorted((each for each in copies.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime_ns)
-            for old in used[:-INDEXES]:
+            there = [each for each in copies.iterdir() if each.is_dir()]
+            for old in sorted(there, key=lambda each: each.stat().st_mtime_ns)[:-INDEXES]:
                 shutil.rmtree(old, ignore_errors=True)  # who has it open keeps what is open
     except transfer.RefusedError as error:
         raise ConfigError(f"{error}; {AGAIN}") from error

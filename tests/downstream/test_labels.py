@@ -65,7 +65,9 @@ def test_a_label_too_few_to_hold_a_fifth_out_is_told_as_that(tmp_path: Path) -> 
     for name in "01":  # by its hash one of the two is to train on, and one to test on
         boxed = dataset(tmp_path / name, {"0.png": image(), "1.png": image(), f"{name}.boxes.json": boxes()})
         parts.add(tuple(len(part) for part in labels.split(boxed.ids_with("boxes"))))
-        with pytest.raises(ConfigError, match="^data.source: its 1 images with boxes are too few to hold a fifth out"):
+        with pytest.raises(
+            ConfigError, match=r"^data\.source: its 1 images with boxes are too few to hold a fifth out"
+        ):
             labels.find(boxed, None, "boxes", "boxed", "data.source")
         assert len(labels.find(boxed, boxed, "boxes", "boxed").train_ids) == 1
     assert parts == {(1, 0), (0, 1)}
@@ -97,7 +99,9 @@ def test_boxes_at_the_edge_and_images_without_one_are_right(tmp_path: Path) -> N
 def test_images_with_other_numbers_of_points_are_named(tmp_path: Path) -> None:
     points = {f"{i}.keypoints.json": json.dumps([[1, 1, 1]] * (2 if i else 3)).encode() for i in range(3)}
     found = dataset(tmp_path / "pointed", {f"{i}.png": image() for i in range(3)} | points)
-    with pytest.raises(ConfigError, match=r"\d: has [23] keypoints, the first image [23]; as many in all of eval\.source"):
+    with pytest.raises(
+        ConfigError, match=r"\d: has [23] keypoints, the first image [23]; as many in all of eval\.source"
+    ):
         labels.keypoints(found, found.ids_with("keypoints"))
 
 
