@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from distssl import atomic, collectives, config, method, mirror, mirrored, plan, run_folder, train, weights
+from distssl import atomic, collectives, config, lookout, method, mirror, mirrored, plan, run_folder, train, weights
 from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
@@ -188,7 +188,8 @@ def _pretrain(run: Run, context: Context, data: Folders) -> bool:
     if judge:
         judge.trained = training.method
         tasks = _possible(judge, context, run.eval.tasks)
-        _score(judge, context, tasks, run.eval.backbones or ("random", "pretrained"))
+        backbones = run.eval.backbones or ("random", "pretrained")
+        return _score(judge, context, tasks, backbones, lambda: lookout.asked(context))
     return True
 
 
@@ -270,11 +271,22 @@ def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | N
     return evaluate.Evaluation(run, context, Dataset.open(data.eval_train, run.machine), test)
 
 
-def _score(judge: evaluate.Evaluation, context: Context, tasks: Sequence[str], backbones: Sequence[str]) -> None:
-    """Rows into summary.json as they are there."""
-    for found in judge.rows(tasks, backbones):
+def _score(
+    judge: evaluate.Evaluation,
+    context: Context,
+    tasks: Sequence[str],
+    backbones: Sequence[str],
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Rows into summary.json as they are there; False where it was to stop before the last."""
+    rows_left = judge.rows(tasks, backbones)
+    while not stop():
+        found = next(rows_left, None)
+        if found is None:
+            return True
         if context.rank == 0:
             _keep_rows(context, found)
+    return False
 
 
 def _keep_rows(context: Context, found: Sequence[rows.Row]) -> None:

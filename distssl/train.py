@@ -22,6 +22,7 @@ from distssl.context import Context
 from distssl.data import quarantine
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
+from distssl.lookout import Lookout
 from distssl.nn import backbones, diagnostics, norm, optim, precision
 from distssl.weights import Weights
 
@@ -81,6 +82,7 @@ class Training:
             # BatchNorm's statistics are global already, so there are no buffers to broadcast.
             self.model = DistributedDataParallel(self.method, forward_sync_buffers=False)
         self.window = window.Window()
+        self.lookout = Lookout(context, self.step)
         self.monitor = monitor.Monitor(context.run_dir, self.step) if context.rank == 0 else None
         if self.monitor:  # what a run that was killed had found and not yet told
             self.monitor.quarantine(list(self.quarantine.entries.values()))
@@ -168,10 +170,10 @@ class Training:
         """Log, evaluate and checkpoint when it is time; whether to stop before the end."""
         last = self.step == self.plan.total_steps
         due = self.cfg.eval.every and self.step % (self.cfg.eval.every * self.plan.steps_per_epoch) == 0
-        stop = False
-        if self._is_logged(self.step):
-            stop = self._log()
-            stop = not last and (stop or self.context.preempted())
+        logged = self._is_logged(self.step)
+        if logged:
+            self._log()
+        stop = not last and (logged or self.step == self.lookout.due) and self.lookout.look(self.step)
         if self.probe and (due or last):
             self._probe()
         if due or last or stop or self.step % self.cfg.checkpoint.every == 0:
@@ -201,18 +203,17 @@ class Training:
                 self.context.record(step, metrics)
                 mirrored.add_metrics(self.context.run_dir, self.context.mirror, step, metrics)
 
-    def _log(self) -> bool:
-        """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
+    def _log(self) -> None:
+        """Log the window's means over all ranks. Every rank calls it."""
         seconds = self.window.seconds()
         figures = self.window.figures() | self.dataset.take_figures()
         steps_per_s = self.window.num_batches / self.cfg.train.accumulate / seconds
         outputs, views = self.window.outputs, self.window.views
         self.window.reset()  # here, so that the time logging takes is counted too
         fresh = self.quarantine.take_fresh()
-        stop = self.context.rank == 0 and self.context.stop_requested()
-        sums = collectives.sum_(torch.tensor([*figures.values(), len(fresh), stop], dtype=torch.float64)).tolist()
-        figures = {name: total / self.context.world_size for name, total in zip(figures, sums[:-2], strict=True)}
-        if sums[-2]:
+        sums = collectives.sum_(torch.tensor([*figures.values(), len(fresh)], dtype=torch.float64)).tolist()
+        figures = {name: total / self.context.world_size for name, total in zip(figures, sums[:-1], strict=True)}
+        if sums[-1]:
             self._share_quarantine(fresh)
         if not math.isfinite(figures["loss"]):
             raise RunError(f"the loss is {figures['loss']} at step {self.step}; try a lower train.lr or a clip_norm")
@@ -238,7 +239,6 @@ class Training:
             shown = {name: view[: monitor.NUM_PICTURES] for name, view in views.items()}
             with torch.no_grad(), precision.autocast(self.dtype, self.context.device):
                 self.monitor.pictures(self.method.eval().picture(self._moved(shown)), self.step)
-        return bool(sums[-1])
 
     def _record(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
