@@ -97,7 +97,7 @@ class Train(Section):
 class Checkpoint(Section):
     every: PositiveInt = Field(default=200, description="optimiser steps; one more at the end of the run")
     keep_last: PositiveInt = 2
-    keep_best: str | None = Field(default="knn", description="metric whose best checkpoint is kept as well")
+    keep_best: str | None = Field(default="knn", description="metric of metrics.jsonl whose best checkpoint stays too")
 
 
 class Fit(Section):

@@ -21,7 +21,7 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.data import quarantine
 from distssl.data.shards import Dataset
-from distssl.errors import ConfigError, RunError
+from distssl.errors import RunError
 from distssl.lookout import Lookout
 from distssl.nn import backbones, diagnostics, norm, optim, precision
 from distssl.weights import Weights
@@ -222,6 +222,7 @@ class Training:
             za, zb = (collectives.gather_no_grad(z.float()) for z in embeddings[:2])  # [B, D] each
             figures |= {name: value.item() for name, value in diagnostics.of_embeddings(za, zb).items()}
         news, self.news = self.news, {}
+        first = "loss" not in self.metrics
         self._take_evaluations()
         self._record(
             figures
@@ -235,6 +236,8 @@ class Training:
                 "num_bad": len(self.quarantine),
             }
         )
+        if first and self.context.rank == 0:
+            checkpoint.warn_of_unknown(self.cfg.checkpoint.keep_best, self.metrics)
         if self.monitor and self.step % self.plan.steps_per_epoch < self.cfg.train.log_every:
             shown = {name: view[: monitor.NUM_PICTURES] for name, view in views.items()}
             with torch.no_grad(), precision.autocast(self.dtype, self.context.device):
@@ -278,19 +281,14 @@ class Training:
         )
 
     def _resume(self, state: Mapping[str, Any]) -> None:
-        differs = config.differences(config.parse(state["config"]), self.cfg)
-        if state["dataset"] != self.dataset.fingerprint:
-            differs.append(f"data.source: dataset {state['dataset'][:12]} there, {self.dataset.fingerprint[:12]} here")
-        if self.labelled and state["labelled"] != self.labelled.fingerprint:
-            differs.append("data.labelled: other images there")
-        if differs:
-            raise ConfigError(*(f"{self.context.run_dir} holds another run: {line}" for line in differs))
+        checkpoint.require_same(state, self.cfg, self.dataset, self.labelled)
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.metrics = dict(state["metrics"])
         self.quarantine.merge(state["quarantine"])
         if self.context.rank == 0:
+            checkpoint.warn_of_unknown(self.cfg.checkpoint.keep_best, self.metrics)
             log.info("resuming at step %d of %d", self.step, self.plan.total_steps)
 
     def _write_ledger(self, ids: torch.Tensor) -> None:

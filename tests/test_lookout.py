@@ -1,4 +1,4 @@
-"""When ranks look whether to stop: at the same steps on all, often enough by the clock, and so that all of them stop."""
+"""When ranks look whether to stop: at the same steps on all, often enough by the clock, and so that all stop."""
 
 from __future__ import annotations
 
