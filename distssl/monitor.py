@@ -6,13 +6,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from distssl import atomic
-from distssl.data import augment
+from distssl.data import augment, quarantine
 from distssl.data.quarantine import Entry
 
 log = logging.getLogger(__name__)
@@ -96,10 +96,10 @@ class Monitor:
     def quarantine(self, entries: list[Entry]) -> None:
         """Add what is new to quarantine.jsonl."""
         path = self.run_dir / QUARANTINE
-        known = {entry["id"] for entry in read_jsonl(path)}
+        known = {quarantine.place(cast(Entry, entry)) for entry in read_jsonl(path)}
         for entry in entries:
-            if entry["id"] not in known:
-                known.add(entry["id"])
+            if quarantine.place(entry) not in known:
+                known.add(quarantine.place(entry))
                 _append(path, dict(entry))
 
     def close(self) -> None:

@@ -233,7 +233,7 @@ class Training:
                 "images_per_s": steps_per_s * self.plan.images_per_step,
                 "eta_s": (self.plan.total_steps - self.step) / steps_per_s,
                 "total_steps": self.plan.total_steps,
-                "num_bad": len(self.quarantine),
+                "num_bad": len(self.quarantine.entries),
             }
         )
         if first and self.context.rank == 0:
@@ -255,9 +255,9 @@ class Training:
             self.quarantine.merge(entries)
             if self.monitor:
                 self.monitor.quarantine(entries)
-        num_samples = self.dataset.num_samples
-        num_seen = num_samples if self.method.embeds else min(self.step * self.plan.images_per_step, num_samples)
-        quarantine.check_share(len(self.quarantine), num_seen, num_samples, self.cfg.data.max_bad_fraction)
+        num_batches = self.step * self.cfg.train.accumulate
+        data = self.dataset, self.labelled
+        streams.check_shares(self.cfg, self.quarantine, *data, num_batches, whole=self.method.embeds)
 
     def _checkpoint(self) -> None:
         """Take the state now, write it in the background. Every rank calls it."""

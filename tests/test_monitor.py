@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import boto3
 import pytest
@@ -107,9 +107,8 @@ def test_the_gradient_norm_is_measured_where_it_is_logged_alone(
 
 
 def test_a_quarantine_whose_last_line_a_power_cut_tore_is_gone_on_with(tmp_path: Path) -> None:
-    bad = [
-        Entry(id=number, shard="a.tar", offset=512 * number, key=f"k{number}", reason="is torn") for number in range(3)
-    ]
+    at = {"source": "data.source", "shard": "a.tar", "offset": 512, "reason": "is torn"}
+    bad = [cast(Entry, {"id": number, "key": f"k{number}", **at}) for number in range(3)]
     path = tmp_path / monitor.QUARANTINE
     path.write_text(f"{json.dumps(bad[0])}\n{json.dumps(bad[1])[:20]}")
     for _ in range(2):  # starts
