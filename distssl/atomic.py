@@ -102,6 +102,8 @@ def held(lock: Path, patience_s: float, taken: str) -> Iterator[None]:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         deadline = time.monotonic() + patience_s
+        if patience_s and not _flocked(descriptor):
+            log.info("another process has %s: waiting %.0f s for its end", lock, patience_s)
         while not _flocked(descriptor):
             if time.monotonic() >= deadline:
                 raise ConfigError(taken)
