@@ -23,7 +23,7 @@ from distssl.nn.backbones import Backbone
 from distssl.weights import Weights
 
 CONFIG = "config.yaml"
-LOCK = ".running"  # of the process that trains in the folder
+LOCK = ".training.lock"  # of the process that trains in the folder
 DYING_S = 120.0  # that a killed process may take to end; a file server notes the death of a host after 90
 COPIES = "copies"  # in the cache: apart from the working copies of runs that train
 
