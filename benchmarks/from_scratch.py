@@ -46,7 +46,7 @@ def accuracy(
     dtype = precision.resolve("auto", "cpu")
     dataset = Dataset.open(photos.splits[data].train)
     if ids is None:
-        every = dataset.labelled_ids()
+        every = dataset.ids_with("label")
         ids = every if labels is None else label_sets.subset(every, labels, seed)
     batch = min(BATCH, len(ids))
     steps = STEPS[labels]

@@ -159,7 +159,7 @@ def extract(backbone: Backbone, packed: Path, context: Context, threads: int, dt
     """What the backbone makes of the middle square of every labelled photo."""
     dataset = Dataset.open(packed)
     how = features.Extraction(size_px=SIZE_PX, crop=1.0, threads=threads, max_pixels=50_000_000, dtype=dtype)
-    return features.extract(backbone, dataset, dataset.labelled_ids(), how, context)
+    return features.extract(backbone, dataset, dataset.ids_with("label"), how, context)
 
 
 def pick(train: Features, num: int, draw: int) -> Features:

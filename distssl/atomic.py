@@ -1,4 +1,4 @@
-"""Files that are whole or not there (a temporary name, fsync, rename), a lock, and a full disk said in one line."""
+"""Files that are whole or not there (a temporary name, fsync, rename), locks, and a full disk said in one line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,3 +91,31 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def held(lock: Path, patience_s: float, taken: str) -> Iterator[None]:
+    """Hold a lock file, made where it is not there; it goes with the process, however it ends.
+
+    Raises ConfigError with the message `taken` where another process has it for longer than `patience_s`.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    try:
+        deadline = time.monotonic() + patience_s
+        if patience_s and not _flocked(descriptor):
+            log.info("another process has %s: waiting %.0f s for its end", lock, patience_s)
+        while not _flocked(descriptor):
+            if time.monotonic() >= deadline:
+                raise ConfigError(taken)
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flocked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 
-from distssl import atomic
+from distssl import atomic, config
+from distssl.config import Run
+from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
+LOWER_IS_BETTER = ("loss", "reconstruction", "supervised", "consistency", "alignment", "uniformity", "objective")
 
 
 class DamagedError(ConfigError):
@@ -114,6 +117,31 @@ def newest(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
+def require_same(state: Mapping[str, Any], run: Run, dataset: Dataset, labelled: Dataset | None) -> None:
+    """Raises ConfigError with a line for each thing that decides the result and is another in a checkpoint's state."""
+    differs = config.differences(config.parse(state["config"]), run)
+    if state["dataset"] != dataset.fingerprint:
+        differs.append(f"data.source: dataset {state['dataset'][:12]} there, {dataset.fingerprint[:12]} here")
+    if labelled and state["labelled"] != labelled.fingerprint:
+        differs.append("data.labelled: other images there")
+    if differs:
+        raise ConfigError(*(f"{run.run_dir} holds another run: {line}" for line in differs))
+
+
+def warn_of_unknown(keep_best: str | None, metrics: Mapping[str, float]) -> None:
+    """Name in one line of the log a checkpoint.keep_best that is none of the metrics of a line of the log.
+
+    kNN's is not among them: it comes with the first evaluation, and not at all where there are no labels.
+    """
+    if keep_best not in (None, "knn", *metrics):
+        log.warning(
+            "checkpoint.keep_best=%s: no such metric, so no best checkpoint is kept; there is knn, where there are "
+            "labels, and %s",
+            keep_best,
+            ", ".join(sorted(metrics)),
+        )
+
+
 def add_metrics(run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
     """Note metrics that were found later in the checkpoint of a step, where that is still there."""
     path = folder(run_dir) / f"step_{step:08d}" / MANIFEST
@@ -134,7 +162,7 @@ def write_manifest(path: Path, data: bytes) -> None:
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_best: str | None, keep_steps: Collection[int] = ()) -> None:
-    """Delete all checkpoints but the newest `keep_last`, the best by a metric (lowest for a loss) and those of steps.
+    """Delete all checkpoints but the newest `keep_last`, the best by a metric and those of steps.
 
     And what writers that were killed left half done: call it from the one process that writes here, between writes.
     """
@@ -149,11 +177,11 @@ def prune(run_dir: Path, *, keep_last: int, keep_best: str | None, keep_steps: C
 def kept(
     scores: Mapping[int, float | None], keep_last: int, keep_best: str | None, keep_steps: Collection[int]
 ) -> set[int]:
-    """Of the steps with these scores those that stay."""
+    """Of the steps with these scores those that stay; keep_best: what the scores are."""
     staying = {*sorted(scores)[-keep_last:], *keep_steps}
     scored = {step: score for step, score in sorted(scores.items()) if score is not None}
     if scored:
-        best = min if keep_best == "loss" else max
+        best = min if (keep_best or "").rpartition("/")[2] in LOWER_IS_BETTER else max  # simclr/loss: of `combined`
         staying.add(best(scored, key=lambda step: scored[step]))
     return staying
 

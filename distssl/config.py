@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from distssl import mirror, settings, stores
 from distssl.errors import ConfigError
+from distssl.settings import Range
 
 FROZEN_TASKS = ("knn", "linear", "retrieval", "cluster")  # on a frozen backbone's features
 FITTED_TASKS = ("finetune", "segment", "detect", "depth", "keypoints")  # a network is trained
@@ -96,7 +97,7 @@ class Train(Section):
 class Checkpoint(Section):
     every: PositiveInt = Field(default=200, description="optimiser steps; one more at the end of the run")
     keep_last: PositiveInt = 2
-    keep_best: str | None = Field(default="knn", description="metric whose best checkpoint is kept as well")
+    keep_best: str | None = Field(default="knn", description="metric of metrics.jsonl whose best checkpoint stays too")
 
 
 class Fit(Section):
@@ -111,7 +112,7 @@ class Fit(Section):
         default=None, description="what learns: all, the head alone, or the head and so many of the last stages"
     )
     size_px: PositiveInt | None = Field(default=None, description="side of the views")
-    window: tuple[float, float] | None = Field(default=None, description="side of the training window, share of image")
+    window: Range | None = Field(default=None, description="side of the training window, share of image")
     flip: float | None = Field(default=None, ge=0, le=1)
     jitter: float | None = Field(default=None, ge=0, le=1, description="strength of the colour jitter")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from distssl import atomic, collectives, config, method, mirror, mirrored, plan, run_folder, train, weights
+from distssl import atomic, collectives, config, lookout, method, mirrored, plan, run_folder, train, weights
 from distssl.config import Run
 from distssl.context import Context, stop_file
 from distssl.data import shards
@@ -75,7 +75,7 @@ def _check_labels(run: Run, ready: Folders) -> None:
         for task in run.eval.tasks:
             kind = evaluate.kind(task)
             if run.eval.source or labels.has(train, kind):
-                evaluate.check(task, labels.find(train, test, kind, ""), run.eval.num_classes)
+                evaluate.check(task, evaluate.labelled(run, train, test, kind), run.eval.num_classes)
 
 
 def _refuse_another(run: Run, there: Run | None) -> None:
@@ -102,15 +102,16 @@ def _config_there(run: Run) -> Run | None:
 def _claim(run: Run, start: Weights | None) -> None:
     """Write the config, and before it what the run starts from, into the run folder.
 
-    And forget that somebody asked an earlier start of it to stop.
+    And forget that somebody asked an earlier start of it to stop. Raises ConfigError where another process trains it.
     """
     with _storage_named(run):
         run.run_dir.mkdir(parents=True, exist_ok=True)
-        if start:
-            start.keep(run.run_dir)
-        with atomic.replacing(run.run_dir / CONFIG) as file:
-            file.write_text(config.dump(run))
-        stop_file(run.run_dir).unlink(missing_ok=True)
+        with run_folder.alone(run):
+            if start:
+                start.keep(run.run_dir)
+            with atomic.replacing(run.run_dir / CONFIG) as file:
+                file.write_text(config.dump(run))
+            stop_file(run.run_dir).unlink(missing_ok=True)
     if run.run_url:
         for name in ([weights.KEPT] if start else []) + [CONFIG]:
             Remote(run.run_url).put(name, run.run_dir / name)
@@ -146,8 +147,10 @@ def folders(run: Run, tasks: Sequence[str] | None = None) -> Folders:
 
 def pretrain(run: Run, context: Context, data: Folders) -> bool:
     """Train from where the run folder is, then evaluate; False where somebody asked to stop before the end."""
-    with _mirrored(run, context):
-        return _pretrain(_as_claimed(run, context), context, data)
+    with run_folder.trained_in(run, context):
+        finished = _pretrain(_as_claimed(run, context), context, data)
+        context.wait()  # for the last checkpoint, after which nothing changes; under Ray its worker waits later
+    return finished
 
 
 def _as_claimed(run: Run, context: Context) -> Run:
@@ -156,25 +159,6 @@ def _as_claimed(run: Run, context: Context) -> Run:
         return run
     text = (context.run_dir / CONFIG).read_text() if context.rank == 0 else ""
     return run_folder.starting_from(run, config.parse(collectives.broadcast_object(text)).model.init_sha256)
-
-
-@contextmanager
-def _mirrored(run: Run, context: Context) -> Iterator[None]:
-    """Work on a copy of a run folder that lies at a URL: as it is there, and what comes to it put there by rank 0."""
-    if run.run_url is None:
-        yield
-        return
-    context.mirror = remote = Mirror(context.run_dir, run.run_url)
-    collectives.together(lambda: _take(remote) if context.rank == 0 else None)
-    with remote.pushing() if context.rank == 0 else nullcontext():
-        yield
-        context.wait()  # for the last checkpoint, after which nothing changes; under Ray its worker waits later
-
-
-def _take(remote: Mirror) -> None:
-    """The records as they are at the URL: an earlier start on this node may have been of another run."""
-    for folder in mirror.RECORDS:
-        remote.pull(folder, exactly=True)
 
 
 def _pretrain(run: Run, context: Context, data: Folders) -> bool:
@@ -188,7 +172,8 @@ def _pretrain(run: Run, context: Context, data: Folders) -> bool:
     if judge:
         judge.trained = training.method
         tasks = _possible(judge, context, run.eval.tasks)
-        _score(judge, context, tasks, run.eval.backbones or ("random", "pretrained"))
+        backbones = run.eval.backbones or ("random", "pretrained")
+        return _score(judge, context, tasks, backbones, lambda: lookout.asked(context))
     return True
 
 
@@ -270,11 +255,22 @@ def _judge(run: Run, context: Context, data: Folders) -> evaluate.Evaluation | N
     return evaluate.Evaluation(run, context, Dataset.open(data.eval_train, run.machine), test)
 
 
-def _score(judge: evaluate.Evaluation, context: Context, tasks: Sequence[str], backbones: Sequence[str]) -> None:
-    """Rows into summary.json as they are there."""
-    for found in judge.rows(tasks, backbones):
+def _score(
+    judge: evaluate.Evaluation,
+    context: Context,
+    tasks: Sequence[str],
+    backbones: Sequence[str],
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Rows into summary.json as they are there; False where it was to stop before the last."""
+    rows_left = judge.rows(tasks, backbones)
+    while not stop():
+        found = next(rows_left, None)
+        if found is None:
+            return True
         if context.rank == 0:
             _keep_rows(context, found)
+    return False
 
 
 def _keep_rows(context: Context, found: Sequence[rows.Row]) -> None:

@@ -6,13 +6,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from distssl import atomic
-from distssl.data import pixels
+from distssl.data import pixels, quarantine
 from distssl.data.quarantine import Entry
 
 log = logging.getLogger(__name__)
@@ -24,11 +24,11 @@ NUM_PICTURES = 8  # samples in a picture
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of a .jsonl after `step`, those of work that a resumed run does again."""
+    """Drop the lines of a .jsonl after `step`, those of work that a resumed run does again, and a line cut short."""
     if not path.exists():
         return
     with atomic.replacing(path) as file:
-        file.write_text("".join(f"{json.dumps(row)}\n" for row in read_jsonl(path) if row["step"] <= step))
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in read_jsonl(path) if row.get("step", 0) <= step))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir = run_dir
-        for name in (METRICS, LEDGER):
+        for name in (METRICS, LEDGER, QUARANTINE):  # the last has no steps: only a line cut short goes
             cut_back(run_dir / name, step)
         self._writer = SummaryWriter(run_dir, purge_step=step + 1)
         self._metrics = run_dir / METRICS
@@ -95,10 +95,10 @@ class Monitor:
     def quarantine(self, entries: list[Entry]) -> None:
         """Add what is new to quarantine.jsonl."""
         path = self.run_dir / QUARANTINE
-        known = {entry["id"] for entry in read_jsonl(path)}
+        known = {quarantine.place(cast(Entry, entry)) for entry in read_jsonl(path)}
         for entry in entries:
-            if entry["id"] not in known:
-                known.add(entry["id"])
+            if quarantine.place(entry) not in known:
+                known.add(quarantine.place(entry))
                 _append(path, dict(entry))
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import balanced_order, draws
+from distssl.data.annotations import LABEL
 from distssl.data.loader import Request
 from distssl.data.order import Order, nearest
 from distssl.data.shards import Dataset
@@ -105,7 +106,7 @@ class LabelledStream:
 def of_labelled(run: Run, dataset: Dataset, world_size: int) -> LabelledStream:
     """The labelled stream of a run. Raises ConfigError where there are too few labels or the sizes do not fit."""
     key = "data.labelled" if run.data.labelled else "data.source"
-    ids = dataset.labelled_ids()
+    ids = dataset.ids_with(LABEL)
     if run.data.num_labelled is not None:
         if run.data.num_labelled > len(ids):
             raise ConfigError(f"data.num_labelled={run.data.num_labelled} is more than the {len(ids)} labels of {key}")

@@ -5,7 +5,8 @@ on this machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from distssl import atomic, checkpoint, collectives, config, method, mirror, mirrored, stores, weights
 from distssl.config import Machine, Run
+from distssl.context import Context
 from distssl.downstream import rows
 from distssl.errors import ConfigError
 from distssl.mirror import Mirror
@@ -21,6 +23,8 @@ from distssl.nn.backbones import Backbone
 from distssl.weights import Weights
 
 CONFIG = "config.yaml"
+LOCK = ".training.lock"  # of the process that trains in the folder
+DYING_S = 120.0  # that a killed process may take to end; a file server notes the death of a host after 90
 COPIES = "copies"  # in the cache: apart from the working copies of runs that train
 
 
@@ -31,6 +35,46 @@ class Found:
     place: str
     folder: Path
     run: Run
+
+
+@contextmanager
+def alone(run: Run, patience_s: float = 0.0) -> Iterator[None]:
+    """Be the one process that changes a run's folder, or this node's working copy of it, while the block runs.
+
+    Raises ConfigError where another is that for longer than `patience_s`.
+    """
+    atomic.make_folder(run.run_dir)
+    taken = (
+        f"{run.run_url or run.run_dir}: another process trains this run, or is ending since its command was killed; "
+        "stop that one, or say name=ANOTHER"
+    )
+    with atomic.held(run.run_dir / LOCK, patience_s, taken):
+        yield
+
+
+@contextmanager
+def trained_in(run: Run, context: Context) -> Iterator[None]:
+    """The folder is this start's while the block runs: rank 0 holds its lock.
+
+    Of one at a URL that is a working copy, as it is there, and what comes to it is put there by rank 0. Every rank
+    enters it. Raises ConfigError on all where another process trains the run.
+    """
+    with ExitStack() as locks:
+        lock = alone(run, DYING_S)
+        collectives.together(lambda: locks.enter_context(lock) if context.rank == 0 else None)
+        if run.run_url is None:
+            yield
+            return
+        context.mirror = remote = Mirror(context.run_dir, run.run_url)
+        collectives.together(lambda: _take(remote) if context.rank == 0 else None)
+        with remote.pushing() if context.rank == 0 else nullcontext():
+            yield
+
+
+def _take(remote: Mirror) -> None:
+    """The records as they are at the URL: an earlier start on this node may have been of another run."""
+    for folder in mirror.RECORDS:
+        remote.pull(folder, exactly=True)
 
 
 def find(place: str | Path, overrides: Sequence[str] = ()) -> Found:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from distssl.errors import ConfigError
+
+
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    low, high = ends
+    if not 0 < low <= high < math.inf:
+        raise ValueError("two numbers above 0, the lower first, are right")
+    return ends
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]  # of sizes that are drawn, both ends above 0
 
 
 def read(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -30,9 +41,11 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 def read_file(file: Path, option: str = "--config") -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{option} {file}: {error.strerror}; a YAML file is right") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option} {file}: is not UTF-8 text; save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{option} {file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -40,11 +53,18 @@ def read_file(file: Path, option: str = "--config") -> dict[str, Any]:
     return tree
 
 
-def read_extending(file: Path, option: str) -> dict[str, Any]:
-    """A file's tree, laid over that of the file it says it `extends`, and so on: mappings merged, lists replaced."""
+def read_extending(file: Path, option: str, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """A file's tree, laid over that of the file it says it `extends`, and so on: mappings merged, lists replaced.
+
+    above: the files that extend it. Raises ConfigError as `read_file`, and where it is one of them.
+    """
+    if file.resolve() in above:
+        raise ConfigError(f"{option} {file}: extends itself; another file, or no `extends`, is right")
     tree = read_file(file, option)
     below = tree.pop("extends", None)
-    return _over(read_extending(file.parent / str(below), option), tree) if below else tree
+    if not below:
+        return tree
+    return _over(read_extending(file.parent / str(below), option, [*above, file.resolve()]), tree)
 
 
 def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

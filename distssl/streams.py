@@ -12,6 +12,7 @@ from torch import Tensor
 from distssl import plan
 from distssl.config import Run
 from distssl.context import Context
+from distssl.data import quarantine
 from distssl.data.loader import Loader, Request
 from distssl.data.quarantine import Quarantine
 from distssl.data.shards import Dataset
@@ -33,7 +34,7 @@ def of_run(
 ) -> Batches:
     """All the views of a rank from an optimiser step on, `accumulate` batches a step."""
     ours = of_images(run, method, data, planned, step, context, bad)
-    return ours if labelled is None else beside(ours, of_labels(run, method, labelled, planned, step, context))
+    return ours if labelled is None else beside(ours, of_labels(run, method, labelled, planned, step, context, bad))
 
 
 def of_images(
@@ -63,14 +64,29 @@ def _clusters(method: Method) -> np.ndarray:
     return clusters.cpu().numpy()
 
 
-def of_labels(run: Run, method: Method, dataset: Dataset, planned: Plan, step: int, context: Context) -> Batches:
+def of_labels(
+    run: Run, method: Method, dataset: Dataset, planned: Plan, step: int, context: Context, bad: Quarantine
+) -> Batches:
     """The method's labelled views, a batch for each of `of_images`. Raises ConfigError where labels are too few."""
     views = functools.partial(type(method).labelled_views, method.cfg)
     stream = plan.of_labelled(run, dataset, context.world_size)
     first, last = (at * planned.accumulate for at in (step, planned.total_steps))
     size = run.data.labelled_batch // context.world_size
     requests = stream.requests(first, last, context)
-    return _loaded(run, dataset, views, requests, size, context, Quarantine(), word=plan.LABELLED)
+    bad = bad.of(quarantine.LABELLED) if run.data.labelled else bad
+    return _loaded(run, dataset, views, requests, size, context, bad, word=plan.LABELLED)
+
+
+def check_shares(
+    run: Run, bad: Quarantine, data: Dataset, labelled: Dataset | None, num_batches: int, whole: bool
+) -> None:
+    """Raises RunError where too many images of a dataset are bad, after so many global batches. whole: saw all data."""
+    of_data = data.num_samples if whole else min(num_batches * run.data.global_batch, data.num_samples)
+    quarantine.check_share(bad, of_data, data.num_samples, run.data.max_bad_fraction)
+    if labelled and run.data.labelled:
+        of_labels = min(num_batches * run.data.labelled_batch, labelled.num_samples)
+        bad = bad.of(quarantine.LABELLED)
+        quarantine.check_share(bad, of_labels, labelled.num_samples, run.data.max_bad_fraction)
 
 
 def beside(images: Batches, labelled: Batches) -> Batches:

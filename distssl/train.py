@@ -21,7 +21,8 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.data import quarantine
 from distssl.data.shards import Dataset
-from distssl.errors import ConfigError, RunError
+from distssl.errors import RunError
+from distssl.lookout import Lookout
 from distssl.nn import backbones, diagnostics, norm, optim, precision
 from distssl.weights import Weights
 
@@ -81,6 +82,7 @@ class Training:
             # BatchNorm's statistics are global already, so there are no buffers to broadcast.
             self.model = DistributedDataParallel(self.method, forward_sync_buffers=False)
         self.window = window.Window()
+        self.lookout = Lookout(context, self.step)
         self.monitor = monitor.Monitor(context.run_dir, self.step) if context.rank == 0 else None
         if self.monitor:  # what a run that was killed had found and not yet told
             self.monitor.quarantine(list(self.quarantine.entries.values()))
@@ -168,10 +170,10 @@ class Training:
         """Log, evaluate and checkpoint when it is time; whether to stop before the end."""
         last = self.step == self.plan.total_steps
         due = self.cfg.eval.every and self.step % (self.cfg.eval.every * self.plan.steps_per_epoch) == 0
-        stop = False
-        if self._is_logged(self.step):
-            stop = self._log()
-            stop = not last and (stop or self.context.preempted())
+        logged = self._is_logged(self.step)
+        if logged:
+            self._log()
+        stop = not last and (logged or self.step == self.lookout.due) and self.lookout.look(self.step)
         if self.probe and (due or last):
             self._probe()
         if due or last or stop or self.step % self.cfg.checkpoint.every == 0:
@@ -201,18 +203,17 @@ class Training:
                 self.context.record(step, metrics)
                 mirrored.add_metrics(self.context.run_dir, self.context.mirror, step, metrics)
 
-    def _log(self) -> bool:
-        """Log the window's means over all ranks; whether somebody asked to stop. Every rank calls it."""
+    def _log(self) -> None:
+        """Log the window's means over all ranks. Every rank calls it."""
         seconds = self.window.seconds()
         figures = self.window.figures() | self.dataset.take_figures()
         steps_per_s = self.window.num_batches / self.cfg.train.accumulate / seconds
         outputs, views = self.window.outputs, self.window.views
         self.window.reset()  # here, so that the time logging takes is counted too
         fresh = self.quarantine.take_fresh()
-        stop = self.context.rank == 0 and self.context.stop_requested()
-        sums = collectives.sum_(torch.tensor([*figures.values(), len(fresh), stop], dtype=torch.float64)).tolist()
-        figures = {name: total / self.context.world_size for name, total in zip(figures, sums[:-2], strict=True)}
-        if sums[-2]:
+        sums = collectives.sum_(torch.tensor([*figures.values(), len(fresh)], dtype=torch.float64)).tolist()
+        figures = {name: total / self.context.world_size for name, total in zip(figures, sums[:-1], strict=True)}
+        if sums[-1]:
             self._share_quarantine(fresh)
         if not math.isfinite(figures["loss"]):
             raise RunError(f"the loss is {figures['loss']} at step {self.step}; try a lower train.lr or a clip_norm")
@@ -221,6 +222,7 @@ class Training:
             za, zb = (collectives.gather_no_grad(z.float()) for z in embeddings[:2])  # [B, D] each
             figures |= {name: value.item() for name, value in diagnostics.of_embeddings(za, zb).items()}
         news, self.news = self.news, {}
+        first = "loss" not in self.metrics
         self._take_evaluations()
         self._record(
             figures
@@ -231,14 +233,15 @@ class Training:
                 "images_per_s": steps_per_s * self.plan.images_per_step,
                 "eta_s": (self.plan.total_steps - self.step) / steps_per_s,
                 "total_steps": self.plan.total_steps,
-                "num_bad": len(self.quarantine),
+                "num_bad": len(self.quarantine.entries),
             }
         )
+        if first and self.context.rank == 0:
+            checkpoint.warn_of_unknown(self.cfg.checkpoint.keep_best, self.metrics)
         if self.monitor and self.step % self.plan.steps_per_epoch < self.cfg.train.log_every:
             shown = {name: view[: monitor.NUM_PICTURES] for name, view in views.items()}
             with torch.no_grad(), precision.autocast(self.dtype, self.context.device):
                 self.monitor.pictures(self.method.eval().picture(self._moved(shown)), self.step)
-        return bool(sums[-1])
 
     def _record(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
@@ -252,9 +255,9 @@ class Training:
             self.quarantine.merge(entries)
             if self.monitor:
                 self.monitor.quarantine(entries)
-        num_samples = self.dataset.num_samples
-        num_seen = num_samples if self.method.embeds else min(self.step * self.plan.images_per_step, num_samples)
-        quarantine.check_share(len(self.quarantine), num_seen, num_samples, self.cfg.data.max_bad_fraction)
+        num_batches = self.step * self.cfg.train.accumulate
+        data = self.dataset, self.labelled
+        streams.check_shares(self.cfg, self.quarantine, *data, num_batches, whole=self.method.embeds)
 
     def _checkpoint(self) -> None:
         """Take the state now, write it in the background. Every rank calls it."""
@@ -278,19 +281,14 @@ class Training:
         )
 
     def _resume(self, state: Mapping[str, Any]) -> None:
-        differs = config.differences(config.parse(state["config"]), self.cfg)
-        if state["dataset"] != self.dataset.fingerprint:
-            differs.append(f"data.source: dataset {state['dataset'][:12]} there, {self.dataset.fingerprint[:12]} here")
-        if self.labelled and state["labelled"] != self.labelled.fingerprint:
-            differs.append("data.labelled: other images there")
-        if differs:
-            raise ConfigError(*(f"{self.context.run_dir} holds another run: {line}" for line in differs))
+        checkpoint.require_same(state, self.cfg, self.dataset, self.labelled)
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.metrics = dict(state["metrics"])
         self.quarantine.merge(state["quarantine"])
         if self.context.rank == 0:
+            checkpoint.warn_of_unknown(self.cfg.checkpoint.keep_best, self.metrics)
             log.info("resuming at step %d of %d", self.step, self.plan.total_steps)
 
     def _write_ledger(self, ids: torch.Tensor) -> None:

@@ -85,6 +85,14 @@ def test_what_is_no_calibration_is_named(run: Run, tmp_path: Path, text: str) ->
         calibrate.load(tmp_path / "gone.json", run)
 
 
+def test_a_calibration_of_another_version_is_told(run: Run, measured: Calibration, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    calibrate.save(measured, file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": calibrate.VERSION + 1}))
+    with pytest.raises(ConfigError, match="of another version of distssl; measure again with --save"):
+        calibrate.load(file, run)
+
+
 def test_a_half_written_calibration_is_named(run: Run, measured: Calibration, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     calibrate.save(measured, file)

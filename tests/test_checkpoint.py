@@ -152,6 +152,24 @@ def test_the_newest_and_the_best_are_kept(
     assert steps(tmp_path) == kept
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("loss", 1), ("reconstruction", 1), ("simclr/loss", 1), ("accuracy", 2), ("psnr", 2), ("knn", 2)],
+)
+def test_the_best_is_the_lowest_of_what_is_better_when_lower(metric: str, best: int) -> None:
+    assert checkpoint.kept({1: 0.1, 2: 0.9, 3: 0.5}, 1, metric, ()) == {best, 3}
+
+
+def test_a_metric_that_there_is_none_of_is_told_with_those_there_are(caplog: pytest.LogCaptureFixture) -> None:
+    for known in (None, "knn", "loss"):
+        checkpoint.warn_of_unknown(known, {"loss": 1.0, "accuracy": 0.5})
+    assert not caplog.records
+    checkpoint.warn_of_unknown("acuracy", {"loss": 1.0, "accuracy": 0.5})
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "checkpoint.keep_best=acuracy: no such metric" in told
+    assert told.endswith("accuracy, loss")
+
+
 WRITER = """
 import sys, torch
 from pathlib import Path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distssl import config, method
+from distssl import config, method, settings
 from distssl.config import Run
 from distssl.errors import ConfigError
 from tests import runs
@@ -44,6 +44,12 @@ def mistakes(*overrides: str) -> list[str]:
         ("name=a/b", ["name='a/b'"]),
         ("name=..", ["name='..'"]),
         ("data.source=", ["data.source"]),
+        ("method.augment.blur_sigma=[0, 0]", ["method.augment.blur_sigma=[0, 0]", "two numbers above 0, the lower"]),
+        ("method.augment.blur_sigma=[2.0, 0.1]", ["method.augment.blur_sigma=[2.0, 0.1]", "the lower first"]),
+        ("method.augment.crop_aspect=[0, 1]", ["method.augment.crop_aspect=[0, 1]", "above 0"]),
+        ("method.augment.crop_area=[0.5, .inf]", ["method.augment.crop_area=[0.5, inf]"]),
+        ("method.augment.crop_area=[0.5]", ["method.augment.crop_area"]),
+        ("eval.fit.window=[0, 0]", ["eval.fit.window=[0, 0]", "above 0"]),
         ("eval.tasks=[knn, segments]", ["eval.tasks", "'linear', 'retrieval'"]),
     ],
 )
@@ -53,6 +59,13 @@ def test_a_mistake_is_told_in_one_line_with_its_key(override: str, told: list[st
     assert "\n" not in message
     for part in told:
         assert part in message
+
+
+@pytest.mark.parametrize("name", ["swav", "dino", "deepcluster_v2", "moco_v3", "moco_v2"])
+def test_every_methods_crops_are_checked(name: str) -> None:
+    views = [key for key in ("augment", "local") if key in method.options(name).model_fields]
+    told = mistakes(f"method.name={name}", *(f"method.{key}.crop_area=[0.6, 0.3]" for key in views))
+    assert [message.partition("=")[0] for message in told] == [f"method.{key}.crop_area" for key in views]
 
 
 def test_all_mistakes_are_told_at_once() -> None:
@@ -78,17 +91,30 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(None, "No such file"), ("a: [", "not YAML"), ("- a\n- b\n", "holds list"), ("", "holds NoneType")],
+    [
+        (None, "No such file"),
+        ("a: [", "not YAML"),
+        ("- a\n- b\n", "holds list"),
+        ("", "holds NoneType"),
+        ("name: caf\xe9", "is not UTF-8 text"),
+    ],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str | None, told: str) -> None:
     file = tmp_path / "run.yaml"
     if text is not None:
-        file.write_text(text)
+        file.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=told) as raised:
         config.load(file, [], method.options)
     (message,) = raised.value.messages
     assert message.startswith(f"--config {file}: ")
     assert "\n" not in message
+
+
+def test_files_that_extend_each_other_are_told(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
+    with pytest.raises(ConfigError, match=r"--cluster .*a\.yaml: extends itself"):
+        settings.read_extending(tmp_path / "a.yaml", "--cluster")
 
 
 def test_what_is_dumped_is_complete_and_comes_back_the_same(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import boto3
 import pytest
@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distssl import method, monitor, train
 from distssl.config import Run
 from distssl.context import Context
+from distssl.data.quarantine import Entry
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 from tests import disks, runs
@@ -103,6 +104,17 @@ def test_the_gradient_norm_is_measured_where_it_is_logged_alone(
     rarely = runs.trained(runs.tiny(packed, tmp_path, "name=rarely", *PLAIN, "train.log_every=3"))
     assert len(num_measured) == 3
     assert logged(rarely) == pytest.approx([logged(often)[step - 1] for step in (3, 6, 7)], rel=1e-9)
+
+
+def test_a_quarantine_whose_last_line_a_power_cut_tore_is_gone_on_with(tmp_path: Path) -> None:
+    at = {"source": "data.source", "shard": "a.tar", "offset": 512, "reason": "is torn"}
+    bad = [cast(Entry, {"id": number, "key": f"k{number}", **at}) for number in range(3)]
+    path = tmp_path / monitor.QUARANTINE
+    path.write_text(f"{json.dumps(bad[0])}\n{json.dumps(bad[1])[:20]}")
+    for _ in range(2):  # starts
+        with closing(monitor.Monitor(tmp_path, step=5)) as record:
+            record.quarantine(bad)
+        assert monitor.read_jsonl(path) == bad
 
 
 @contextmanager

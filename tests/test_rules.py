@@ -28,7 +28,7 @@ LEVELS = [
     ["nn"],
     ["weights"],
     ["methods", "method"],
-    ["plan", "window", "monitor", "checkpoint"],
+    ["plan", "window", "lookout", "monitor", "checkpoint"],
     ["mirrored"],
     ["streams"],
     ["downstream"],

@@ -91,6 +91,16 @@ def test_losses_and_parameters_are_the_same_at_any_world_size(ranks, packed: Pat
         assert ledger(at(world_size)) == ledger(at(1))
 
 
+def test_a_misspelt_metric_is_told_once_a_start(packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = runs.tiny(packed, tmp_path, "train.epochs=1", "checkpoint.keep_best=los")
+    for num_starts, stop_at in ((1, 3), (2, None)):
+        train_here(run, stop_at)
+        told = [record.getMessage() for record in caplog.records if "keep_best" in record.getMessage()]
+        assert len(told) == num_starts
+    assert "checkpoint.keep_best=los: no such metric" in told[0]
+    assert " loss, " in told[0]
+
+
 def test_an_epoch_sees_each_sample_once_but_for_the_remainder(packed: Path, tmp_path: Path) -> None:
     run = runs.tiny(packed, tmp_path, "train.epochs=2", "data.global_batch=20")
     train_here(run)

@@ -22,6 +22,7 @@ import numpy as np
 from distssl.data import images, store
 from distssl.errors import RunError
 
+LABEL = "label"  # a class for the whole image: a kind of label that is no annotation
 KINDS = ("mask", "depth", "boxes", "keypoints")
 MEMBERS = {"mask": "mask.png", "depth": "depth.png", "boxes": "boxes.json", "keypoints": "keypoints.json"}
 NO_CLASS, NO_DEPTH = 255, 0  # of a pixel

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distssl.data.draws import Draws
 from distssl.data.sample import Sample
+from distssl.settings import Range
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in 0..1; what downstream users of a backbone expect
 STD = (0.229, 0.224, 0.225)
@@ -47,8 +48,8 @@ class Augment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size_px: int = Field(default=224, ge=8)
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_area: Range = (0.08, 1.0)
+    crop_aspect: Range = (3 / 4, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)
     jitter: float = Field(default=0.8, ge=0, le=1)
     brightness: float = Field(default=0.8, ge=0, le=1)
@@ -57,7 +58,7 @@ class Augment(BaseModel):
     hue_degrees: float = Field(default=72.0, ge=0, le=180)
     grey: float = Field(default=0.2, ge=0, le=1)
     blur: float = Field(default=0.5, ge=0, le=1)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Range = (0.1, 2.0)
     solarize: float = Field(default=0.0, ge=0, le=1)
     solarize_threshold: int = Field(default=128, ge=0, le=255)
 
@@ -65,7 +66,7 @@ class Augment(BaseModel):
 class MoCoAugment(Augment):
     """MoCo v2's augmentations (Chen et al., 2020, https://arxiv.org/abs/2003.04297), which SimSiam takes over."""
 
-    crop_area: tuple[float, float] = (0.2, 1.0)
+    crop_area: Range = (0.2, 1.0)
     brightness: float = Field(default=0.4, ge=0, le=1)
     contrast: float = Field(default=0.4, ge=0, le=1)
     saturation: float = Field(default=0.4, ge=0, le=1)
@@ -92,14 +93,14 @@ class Asymmetric(Augment):
 class LargeCrop(Augment):
     """SwAV's large crops (Caron et al., NeurIPS 2020, https://arxiv.org/abs/2006.09882)."""
 
-    crop_area: tuple[float, float] = (0.14, 1.0)
+    crop_area: Range = (0.14, 1.0)
 
 
 class SmallCrop(Augment):
     """SwAV's small crops."""
 
     size_px: int = Field(default=96, ge=8)
-    crop_area: tuple[float, float] = (0.05, 0.14)
+    crop_area: Range = (0.05, 0.14)
 
 
 def view(sample: Sample, cfg: Augment) -> Any:

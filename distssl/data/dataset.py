@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from distssl import atomic
 from distssl.config import Machine
 from distssl.data import annotations, fetching, indexing, locations, transfer
+from distssl.data.annotations import LABEL
 from distssl.data.locations import Place
 from distssl.data.transfer import Tar
 from distssl.errors import ConfigError
@@ -152,20 +153,16 @@ class Dataset:
                 keys[i] = column[int(ids[i] - self.shard_first[group])].as_py()
         return keys
 
-    def labelled_ids(self, chunk: int = 1 << 20) -> np.ndarray:
-        """The ids of the samples that have a label, int64, ascending; `chunk` rows are looked at at a time."""
-        found = [np.empty(0, np.int64)]
-        for start in range(0, self.num_samples, chunk):
-            ids = np.arange(start, min(start + chunk, self.num_samples))
-            found.append(ids[self.rows(ids).label >= 0])
-        return np.concatenate(found)
+    def ids_with(self, kind: str, chunk: int = 1 << 20) -> np.ndarray:
+        """The ids of the samples with a kind of annotation, or with a label, int64, ascending.
 
-    def annotated_ids(self, kind: str, chunk: int = 1 << 20) -> np.ndarray:
-        """The ids of the samples that have such an annotation, likewise."""
+        kind: LABEL or one of annotations.KINDS. `chunk` rows are looked at at a time.
+        """
         found = [np.empty(0, np.int64)]
         for start in range(0, self.num_samples, chunk):
             ids = np.arange(start, min(start + chunk, self.num_samples))
-            found.append(ids[self.rows(ids, (kind,)).annotation_size[kind] > 0])
+            rows = self.rows(ids, () if kind == LABEL else (kind,))
+            found.append(ids[rows.label >= 0 if kind == LABEL else rows.annotation_size[kind] > 0])
         return np.concatenate(found)
 
     def _shards(self, ids: np.ndarray) -> np.ndarray:
@@ -202,22 +199,27 @@ class Dataset:
 
 
 def _copied(url: str, machine: Machine) -> Path:
-    """The folder of machine.cache with a copy of the index at `url` as it is now. Processes of a node take turns."""
+    """The folder of machine.cache with a copy of the index at `url` as it is now.
+
+    Processes of a node take turns, also where they want other indexes: one deletes what has not been used for long.
+    """
+    copies = machine.cache / "indexes"
     try:
         text = transfer.read(f"{url}/{indexing.DATASET}", machine.retry_s)
-        folder = machine.cache / "indexes" / hashlib.sha256(url.encode() + text).hexdigest()[:24]
-        atomic.make_folder(folder)
-        with atomic.locked(folder):
+        folder = copies / hashlib.sha256(url.encode() + text).hexdigest()[:24]
+        atomic.make_folder(copies)
+        with atomic.locked(copies):
+            folder.mkdir(exist_ok=True)
             if not (folder / indexing.DATASET).exists():
                 transfer.fetch(f"{url}/{indexing.INDEX}", folder / indexing.INDEX, machine.retry_s)
                 with atomic.replacing(folder / indexing.DATASET) as file:
                     file.write_bytes(text)
             os.utime(folder)
+            there = [each for each in copies.iterdir() if each.is_dir()]
+            for old in sorted(there, key=lambda each: each.stat().st_mtime_ns)[:-INDEXES]:
+                shutil.rmtree(old, ignore_errors=True)  # who has it open keeps what is open
     except transfer.RefusedError as error:
         raise ConfigError(f"{error}; {AGAIN}") from error
-    used = sorted(folder.parent.iterdir(), key=lambda each: each.stat().st_mtime_ns)
-    for old in used[:-INDEXES]:
-        shutil.rmtree(old, ignore_errors=True)  # who has it open keeps what is open
     return folder
 
 

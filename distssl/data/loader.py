@@ -201,6 +201,7 @@ class Loader:
         rows = self.dataset.rows(np.array([sample]))
         self.quarantine.add(
             {
+                "source": self.quarantine.source,
                 "id": sample,
                 "shard": locations.name(self.dataset.shard_paths[int(rows.shard[0])]),
                 "offset": int(rows.offset[0]),

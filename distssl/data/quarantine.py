@@ -12,12 +12,14 @@ from distssl.errors import RunError
 
 log = logging.getLogger(__name__)
 
+SOURCE, LABELLED = "data.source", "data.labelled"  # keys of datasets
 FEWEST_SEEN = 1000  # below this many samples a share of bad ones says little
 
 
 class Entry(TypedDict):
-    """One bad sample."""
+    """One bad sample. source: the config's key of the dataset in which `id` counts."""
 
+    source: str
     id: int
     shard: str
     offset: int
@@ -26,39 +28,52 @@ class Entry(TypedDict):
 
 
 class Quarantine:
-    """The bad samples this rank knows of, by id."""
+    """The bad samples this rank knows of, by source and id; what it says of a sample is of those of its own source."""
 
-    def __init__(self) -> None:
-        self.entries: dict[int, Entry] = {}
+    def __init__(self, source: str = SOURCE) -> None:
+        self.source = source
+        self.entries: dict[tuple[str, int], Entry] = {}
         self._fresh: list[Entry] = []
 
+    def of(self, source: str) -> Quarantine:
+        """The same record, for the samples of another source."""
+        other = Quarantine(source)
+        other.entries, other._fresh = self.entries, self._fresh
+        return other
+
     def __contains__(self, sample: int) -> bool:
-        return sample in self.entries
+        return (self.source, sample) in self.entries
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return sum(source == self.source for source, _ in self.entries)
 
     def add(self, entry: Entry) -> None:
         """Name a bad sample in one log line and keep it out from now on."""
-        self.entries[entry["id"]] = entry
+        self.entries[place(entry)] = entry
         self._fresh.append(entry)
         log.warning("bad sample %s at %d, %s: %s", entry["shard"], entry["offset"], entry["key"], entry["reason"])
 
     def take_fresh(self) -> list[Entry]:
         """The entries added since the last call."""
-        fresh, self._fresh = self._fresh, []
+        fresh = list(self._fresh)
+        self._fresh.clear()
         return fresh
 
     def merge(self, entries: list[Entry]) -> None:
         """Learn what other ranks or an earlier run found."""
         for entry in entries:
-            self.entries.setdefault(entry["id"], entry)
+            self.entries.setdefault(place(entry), entry)
 
 
-def check_share(num_bad: int, num_seen: int, num_samples: int, max_bad_fraction: float) -> None:
-    """Raise RunError where more than max_bad_fraction of the samples seen are bad."""
-    if num_bad > max_bad_fraction * max(num_seen, min(num_samples, FEWEST_SEEN)):
+def place(entry: Entry) -> tuple[str, int]:
+    """Source and id."""
+    return entry.get("source", SOURCE), entry["id"]  # runs of earlier versions wrote no source
+
+
+def check_share(bad: Quarantine, num_seen: int, num_samples: int, max_bad_fraction: float) -> None:
+    """Raise RunError where more than max_bad_fraction of the samples seen of a source are bad."""
+    if len(bad) > max_bad_fraction * max(num_seen, min(num_samples, FEWEST_SEEN)):
         raise RunError(
-            f"{num_bad} of the {num_seen} samples seen are bad, more than data.max_bad_fraction={max_bad_fraction}; "
-            "quarantine.jsonl in the run folder names them"
+            f"{len(bad)} of the {num_seen} samples of {bad.source} seen are bad, more than "
+            f"data.max_bad_fraction={max_bad_fraction}; quarantine.jsonl in the run folder names them"
         )

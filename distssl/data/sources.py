@@ -80,13 +80,18 @@ def recognise(source: str, *, key: str = "source") -> tuple[str, Path]:
 
 
 def identity(source: str, *, key: str = "source") -> str:
-    """A string that changes when the source does; cheap: files are listed, none is read and nothing is downloaded."""
+    """A string that changes when the source does; cheap: files are listed, no image is read, nothing is downloaded.
+
+    Raises ConfigError as `open_source` does for what is no source, and for a CSV that cannot be read.
+    """
     kind, path = recognise(source, key=key)
     if kind == "digits":
         return f"{source.lower()} {digits.DESCRIPTION}"
     if kind == "torchvision":
         return source.lower()
     listed = files.walk(path) if kind == "folder" else [(path, path.name)]
+    if kind == "csv":
+        listed += [(path.parent / name, name) for name, _ in _csv_rows(path, f"{key}={source}")]
     return "\n".join(
         [str(path.resolve()), *(f"{name} {files.stamp(file.stat())}" for file, name in listed if file.exists())]
     )

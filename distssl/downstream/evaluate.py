@@ -68,6 +68,15 @@ def check(task: str, data: Labelled, num_classes: int | None) -> Facts | None:
     return facts
 
 
+def labelled(run: Run, train: Dataset, test: Dataset | None, kind: str) -> Labelled:
+    """The labels of a kind that a run is judged by. Raises ConfigError where there are none."""
+    return labels.find(train, test, kind, _name(run), "eval.source" if run.eval.source else "data.source")
+
+
+def _name(run: Run) -> str:
+    return config.plain_name(run.eval.source or run.data.source)
+
+
 def batches(run: Run, tasks: Sequence[str]) -> set[int]:
     """Images a step of the networks that an evaluation on tasks trains, where there are labels enough."""
     supervised = {"finetune"} if "supervised" in (run.eval.backbones or BACKBONES) else set()
@@ -88,7 +97,7 @@ class Evaluation:
         self.train, self.test = train, test
         self.trained = trained
         self.how = features.Extraction.of_run(run, context.device)
-        self.name = config.plain_name(run.eval.source or run.data.source)
+        self.name = _name(run)
         both = f"{train.fingerprint} {(test or train).fingerprint}"
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest()[:12]
         self._labelled: dict[str, Labelled] = {}  # by kind; made once, as the next three
@@ -112,8 +121,7 @@ class Evaluation:
     def labelled(self, kind: str) -> Labelled:
         """Raises ConfigError where there are no labels of this kind."""
         if kind not in self._labelled:
-            key = "eval.source" if self.cfg.source else "data.source"
-            self._labelled[kind] = labels.find(self.train, self.test, kind, self.name, key)
+            self._labelled[kind] = labelled(self.run, self.train, self.test, kind)
         return self._labelled[kind]
 
     def online(self, backbone: Backbone) -> dict[str, float]:

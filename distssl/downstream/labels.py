@@ -22,7 +22,7 @@ MOST_MEASURED = 200  # depth maps looked at before the training
 MOST_NAMED = 5  # mistakes in one message
 OVERHANG_PX = 1.0  # of a box over the image's edge: annotation tools count pixels in several ways
 
-LABEL = "label"  # a class for the image; other kinds of labels are annotations.KINDS
+LABEL = annotations.LABEL  # other kinds of labels are annotations.KINDS
 WHERE = {
     LABEL: "class subfolders, a label column or .cls files",
     "mask": "KEY.mask.png beside each image",
@@ -56,24 +56,24 @@ def has(dataset: Dataset, kind: str) -> bool:
 def find(train: Dataset, test: Dataset | None, kind: str, name: str, key: str = "eval.source") -> Labelled:
     """Without a test set of its own a fifth of the training set's labels is held out.
 
-    Raises ConfigError where there are no labels of this kind, or not the same classes.
+    key: of the training set. Raises ConfigError where there are no labels of this kind, or not the same classes.
     """
     if test is not None and kind == LABEL and test.classes != train.classes:
         raise ConfigError(
             f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
             f"{_some(train.classes)}; the same names in the same order are right"
         )
-    train_ids = _ids(train, kind)
-    train_ids, test_ids = split(train_ids) if test is None else (train_ids, _ids(test, kind))
+    ids = train.ids_with(kind)
+    train_ids, test_ids = split(ids) if test is None else (ids, test.ids_with(kind))
     if not len(train_ids) or not len(test_ids):
-        key = key if not len(train_ids) else "eval.test_source"
         what = "labelled images" if kind == LABEL else f"images with {kind}"
-        raise ConfigError(f"{key}: has no {what}; {WHERE[kind]} are right")
+        if test is None and len(ids):
+            raise ConfigError(
+                f"{key}: its {len(ids)} {what} are too few to hold a fifth out for the test; more of them, or an "
+                "eval.test_source, are right"
+            )
+        raise ConfigError(f"{'eval.test_source' if len(ids) else key}: has no {what}; {WHERE[kind]} are right")
     return Labelled(train, train_ids, test or train, test_ids, name)
-
-
-def _ids(dataset: Dataset, kind: str) -> np.ndarray:
-    return dataset.labelled_ids() if kind == LABEL else dataset.annotated_ids(kind)
 
 
 def _some(classes: Sequence[str]) -> str:
@@ -156,8 +156,14 @@ def keypoints(dataset: Dataset, ids: np.ndarray) -> dict[int, Tensor]:
         for sample, given in _parsed(dataset, ids, "keypoints").items()
     }
     num = len(next(iter(found.values())))
-    _refuse(dataset, found, lambda sample: None if len(found[sample]) == num else f"{len(found[sample])}, not {num}")
+    _refuse(dataset, found, lambda sample: _other_number(len(found[sample]), num))
     return found
+
+
+def _other_number(num: int, right: int) -> str | None:
+    if num == right:
+        return None
+    return f"has {num} keypoints, the first image {right}; as many in all of eval.source and eval.test_source are right"
 
 
 def _parsed(dataset: Dataset, ids: np.ndarray, kind: str) -> dict[int, list]:

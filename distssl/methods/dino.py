@@ -35,11 +35,11 @@ from distssl.nn.teacher import Teacher
 
 
 class Large(Asymmetric):
-    crop_area: tuple[float, float] = (0.4, 1.0)
+    crop_area: augment.Range = (0.4, 1.0)
 
 
 class Small(SmallCrop):
-    crop_area: tuple[float, float] = (0.05, 0.4)
+    crop_area: augment.Range = (0.05, 0.4)
     brightness: float = Field(default=0.4, ge=0, le=1)
     contrast: float = Field(default=0.4, ge=0, le=1)
     saturation: float = Field(default=0.2, ge=0, le=1)

@@ -24,7 +24,7 @@ from distssl.nn.teacher import Teacher
 
 
 class Views(Asymmetric):
-    crop_area: tuple[float, float] = (0.2, 1.0)
+    crop_area: augment.Range = (0.2, 1.0)
 
 
 class Config(method.Options):

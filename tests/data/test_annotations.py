@@ -77,7 +77,7 @@ def test_an_index_says_where_annotations_lie(dataset: Dataset) -> None:
         assert [whole[a : a + n] if n else None for a, n in zip(offset, size, strict=True)] == expected
         assert annotations.read(dataset, ids, kind) == expected
         for chunk in (1, 3, 1 << 20):
-            found = dataset.annotated_ids(kind, chunk)
+            found = dataset.ids_with(kind, chunk)
             assert (found.tolist(), found.dtype) == ([0, 1, 2], np.int64)
 
 
@@ -140,7 +140,7 @@ def test_a_mask_has_the_size_of_the_upright_image(tmp_path: Path, orientation: i
     upright = GREY if orientation == 1 else GREY.T
     planted.write_tar(tmp_path / "a.tar", [("a.jpg", image), ("a.mask.png", planted.encode(upright))])
     planted.write_tar(tmp_path / "b.tar", [("b.jpg", image), ("b.mask.png", planted.encode(upright.T))])
-    assert Dataset.open(shards.index(str(tmp_path))).annotated_ids("mask").tolist() == [0]
+    assert Dataset.open(shards.index(str(tmp_path))).ids_with("mask").tolist() == [0]
 
 
 def test_bad_annotations_are_counted_and_named_and_their_images_kept(
@@ -212,7 +212,7 @@ def test_a_target_that_was_damaged_since_puts_its_sample_into_quarantine(dataset
         file.write(bytes(int(rows.annotation_size[kind][0])))
     bad = Quarantine()
     assert batch(dataset, kind, bad)["id"].tolist() == [0, 2, 3]
-    assert list(bad.entries) == [1]
+    assert [sample for _, sample in bad.entries] == [1]
 
 
 @pytest.mark.parametrize("source_kind", ["folder", "zip"])

@@ -80,7 +80,7 @@ def batches(
     for rank in range(world_size):
         loader = make(dataset, views or simclr(), global_batch // world_size, **{"quarantine": Quarantine(), **options})
         ranks.append(list(loader.batches(plan.requests(start, cast(Any, Rank(rank, world_size))))))
-        found |= loader.quarantine.entries
+        found |= {sample: entry for (_, sample), entry in loader.quarantine.entries.items()}
         assert [len(batch["id"]) for batch in ranks[-1]] == [global_batch // world_size] * (plan.total_steps - start)
     joined = [
         {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)

@@ -11,8 +11,8 @@ from distssl.data.quarantine import Entry, Quarantine
 from distssl.errors import RunError
 
 
-def entry(sample: int, reason: str = "zero bytes") -> Entry:
-    return {"id": sample, "shard": "a.tar", "offset": 512, "key": f"k{sample}", "reason": reason}
+def entry(sample: int, reason: str = "zero bytes", source: str = quarantine.SOURCE) -> Entry:
+    return {"source": source, "id": sample, "shard": "a.tar", "offset": 512, "key": f"k{sample}", "reason": reason}
 
 
 def test_a_bad_sample_is_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -31,7 +31,18 @@ def test_fresh_entries_are_taken_once_and_others_findings_are_not_fresh() -> Non
     known.merge([entry(3, "another reason"), entry(5)])
     assert known.take_fresh() == [entry(3)]
     assert known.take_fresh() == []
-    assert known.entries == {3: entry(3), 5: entry(5)}
+    assert list(known.entries.values()) == [entry(3), entry(5)]
+
+
+def test_ids_of_another_dataset_are_other_samples_in_the_same_record() -> None:
+    known = Quarantine()
+    labelled = known.of(quarantine.LABELLED)
+    labelled.add(entry(3, source=quarantine.LABELLED))
+    known.add(entry(5))
+    assert [3 in known, 5 in known, 3 in labelled, 5 in labelled] == [False, True, True, False]
+    assert (len(known), len(labelled), len(known.entries)) == (1, 1, 2)
+    assert [found["id"] for found in known.take_fresh()] == [3, 5]
+    assert labelled.take_fresh() == []
 
 
 @pytest.mark.parametrize(
@@ -48,10 +59,11 @@ def test_fresh_entries_are_taken_once_and_others_findings_are_not_fresh() -> Non
     ],
 )
 def test_too_large_a_share_ends_the_run(bad: int, seen: int, samples: int, ends: bool) -> None:
+    known = Quarantine()
+    known.merge([entry(sample) for sample in range(bad)])
     if not ends:
-        quarantine.check_share(bad, seen, samples, 0.05)
+        quarantine.check_share(known, seen, samples, 0.05)
         return
-    with pytest.raises(
-        RunError, match=rf"{bad} of the {seen} samples .* data\.max_bad_fraction=0.05; quarantine.jsonl"
-    ):
-        quarantine.check_share(bad, seen, samples, 0.05)
+    told = rf"{bad} of the {seen} samples of data\.source .* data\.max_bad_fraction=0.05; quarantine.jsonl"
+    with pytest.raises(RunError, match=told):
+        quarantine.check_share(known, seen, samples, 0.05)

@@ -280,7 +280,8 @@ def test_a_replacement_for_a_bad_sample_is_the_same_as_with_local_shards(
     found = []
     for dataset in (here, there):
         quarantine = test_loader.Quarantine()
-        quarantine.merge([{"id": id_, "shard": "", "offset": 0, "key": "", "reason": ""} for id_ in bad])
+        unknown = {"shard": "", "offset": 0, "key": "", "reason": ""}
+        quarantine.merge([{"source": quarantine.source, "id": id_, **unknown} for id_ in bad])
         found.append(test_loader.batches(dataset, quarantine=quarantine)[0])
     assert not any(torch.isin(batch["id"], torch.tensor(bad)).any() for batch in found[1])
     assert all(test_loader.equal(a, b) for a, b in zip(*found, strict=True))

@@ -52,6 +52,17 @@ def test_a_folder_of_photos_is_packed_once_and_again_when_it_changes(photos, tmp
     assert shards.Dataset.open(first).num_samples == 9
 
 
+def test_images_that_change_below_the_same_csv_are_packed_again(photos, tmp_path):
+    table = tmp_path / "photos.csv"
+    table.write_text("path\n" + "".join(f"photos/{i}.jpg\n" for i in (*range(9), "gone")))
+    first = shards.prepare(str(table), tmp_path / "cache")
+    assert shards.prepare(str(table), tmp_path / "cache") == first
+    (photos / "3.jpg").write_bytes(picture(99) + b" ")
+    second = shards.prepare(str(table), tmp_path / "cache")
+    assert second != first
+    assert picture(99) in b"".join(path.read_bytes() for path in second.glob("*.tar"))
+
+
 def test_what_an_older_version_packed_into_the_cache_does_not_stand_in_the_way(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "VERSION", indexing.VERSION - 1)
     old = shards.prepare(str(photos), tmp_path / "cache")

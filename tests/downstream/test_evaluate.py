@@ -78,7 +78,7 @@ def test_features_are_made_once_for_a_checkpoint_and_a_dataset(
 ) -> None:
     run = runs.tiny(packed, tmp_path)
     dataset, backbone = Dataset.open(packed), method.build(run).evaluated()
-    ids, how = dataset.labelled_ids(), features.Extraction.of_run(run, torch.device("cpu"))
+    ids, how = dataset.ids_with("label"), features.Extraction.of_run(run, torch.device("cpu"))
     with Context(tmp_path) as context:
         first = features.extract(backbone, dataset, ids, how, context, tmp_path / "cache")
         in_memory = features.extract(backbone, dataset, ids, how, context)

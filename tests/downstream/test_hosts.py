@@ -37,7 +37,7 @@ def extracted(run: Run, folder: Path, num_hosts: int) -> np.ndarray:
         dataset, backbone = Dataset.open(Path(run.data.source)), method.build(run).evaluated()
         with Context(host(folder, num_hosts)) as context:
             how, kept = features.Extraction.of_run(run, context.device), context.run_dir / "features"
-            found = features.extract(backbone, dataset, dataset.labelled_ids(), how, context, kept)
+            found = features.extract(backbone, dataset, dataset.ids_with("label"), how, context, kept)
             return np.array(found.all())
     finally:
         features.BATCH_SIZE, features.BLOCK = 256, 8192

@@ -138,6 +138,15 @@ def test_a_task_that_the_images_have_no_labels_for_is_told(
     check_refused(command("evaluate", run, "--task", "knn"), "has no labels; say eval.source=LABELLED_IMAGES")
 
 
+def test_labels_of_the_pretraining_images_that_are_too_few_are_told_as_theirs(
+    command: Command, marked: Path, tmp_path: Path
+) -> None:
+    source = without(marked, tmp_path / "source", "boxes")
+    shutil.copy(marked / "003.boxes.json", source)
+    said = command(*settings(source, tmp_path / "runs", "eval.test_source=null", "eval.tasks=[detect]"))
+    check_refused(said, "data.source: its 1 images with boxes are too few to hold a fifth out for the test")
+
+
 def test_masks_that_a_method_or_task_needs_are_missed_before_the_training(
     command: Command, marked: Path, photos: Path, tmp_path: Path
 ) -> None:

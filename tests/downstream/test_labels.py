@@ -60,6 +60,19 @@ def test_a_task_without_labels_is_told_what_would_be_right(tmp_path: Path) -> No
             labels.find(plain, None, kind, "plain")
 
 
+def test_a_label_too_few_to_hold_a_fifth_out_is_told_as_that(tmp_path: Path) -> None:
+    parts = set()
+    for name in "01":  # by its hash one of the two is to train on, and one to test on
+        boxed = dataset(tmp_path / name, {"0.png": image(), "1.png": image(), f"{name}.boxes.json": boxes()})
+        parts.add(tuple(len(part) for part in labels.split(boxed.ids_with("boxes"))))
+        with pytest.raises(
+            ConfigError, match=r"^data\.source: its 1 images with boxes are too few to hold a fifth out"
+        ):
+            labels.find(boxed, None, "boxes", "boxed", "data.source")
+        assert len(labels.find(boxed, boxed, "boxes", "boxed").train_ids) == 1
+    assert parts == {(1, 0), (0, 1)}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -72,13 +85,13 @@ def test_a_task_without_labels_is_told_what_would_be_right(tmp_path: Path) -> No
 def test_wrong_boxes_are_named(tmp_path: Path, given: bytes, message: str) -> None:
     found = dataset(tmp_path / "boxed", {f"{i}.png": image() for i in range(3)} | {"1.boxes.json": given})
     with pytest.raises(ConfigError, match=f"1: .*{message}"):
-        labels.boxes(found, found.annotated_ids("boxes"))
+        labels.boxes(found, found.ids_with("boxes"))
 
 
 def test_boxes_at_the_edge_and_images_without_one_are_right(tmp_path: Path) -> None:
     files = {f"{i}.png": image() for i in range(2)} | {"0.boxes.json": boxes(), "1.boxes.json": boxes([0, 0, 60, 40])}
     found = dataset(tmp_path / "boxed", files)
-    read = labels.boxes(found, found.annotated_ids("boxes"))
+    read = labels.boxes(found, found.ids_with("boxes"))
     assert sorted(len(of_image.labels) for of_image in read.values()) == [0, 1]
     assert labels.num_classes(labels.find(found, found, "boxes", "boxed"), "boxes", None) == 1
 
@@ -86,8 +99,10 @@ def test_boxes_at_the_edge_and_images_without_one_are_right(tmp_path: Path) -> N
 def test_images_with_other_numbers_of_points_are_named(tmp_path: Path) -> None:
     points = {f"{i}.keypoints.json": json.dumps([[1, 1, 1]] * (2 if i else 3)).encode() for i in range(3)}
     found = dataset(tmp_path / "pointed", {f"{i}.png": image() for i in range(3)} | points)
-    with pytest.raises(ConfigError, match="not"):
-        labels.keypoints(found, found.annotated_ids("keypoints"))
+    with pytest.raises(
+        ConfigError, match=r"\d: has [23] keypoints, the first image [23]; as many in all of eval\.source"
+    ):
+        labels.keypoints(found, found.ids_with("keypoints"))
 
 
 def test_test_images_of_other_classes_are_refused(tmp_path: Path) -> None:

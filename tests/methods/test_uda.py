@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distssl import collectives, job, plan, train
+from distssl import collectives, job, monitor, plan, train
 from distssl.context import Context
 from distssl.data import shards
 from distssl.data.shards import Dataset
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, RunError
 from distssl.methods import uda
 from tests import runs
 
@@ -154,6 +154,38 @@ def test_uda_runs_as_a_job_on_labels_of_their_own(packed: Path, tmp_path: Path) 
         assert job.pretrain(run, context, job.prepare(run, 1))
 
 
+def with_bad_images(folder: Path, ids: list[int]) -> Path:
+    """Packed photos of which some have been written over since."""
+    packed = runs.packed(folder, num=64, seed=1)
+    dataset = Dataset.open(packed)
+    rows = dataset.rows(np.array(ids))
+    for shard, offset in zip(rows.shard, rows.offset, strict=True):
+        with open(dataset.shard_paths[shard], "r+b") as file:
+            file.seek(offset)
+            file.write(b"no image at all")
+    return packed
+
+
+def test_bad_images_among_the_labelled_ones_are_recorded_and_counted(packed: Path, tmp_path: Path) -> None:
+    labelled = with_bad_images(tmp_path, [3, 40])
+    settings = ["method.name=uda", f"data.labelled={labelled}", "train.epochs=2", "eval.tasks=[]"]
+    run = runs.tiny(packed, tmp_path, *settings)
+    for stop_at in (3, None):  # and a start that goes on knows them
+        with Context(run.run_dir) as context:
+            job.prepare(run, 1)
+            training = train.Training(run, context, Dataset.open(packed), labelled=Dataset.open(labelled))
+            context.stop_requested = lambda stop_at=stop_at, of=training: of.step == stop_at  # type: ignore[method-assign]
+            assert training.run() == (stop_at is None)
+    found = monitor.read_jsonl(run.run_dir / monitor.QUARANTINE)
+    assert sorted((entry["source"], entry["id"]) for entry in found) == [("data.labelled", 3), ("data.labelled", 40)]
+    assert monitor.read_jsonl(run.run_dir / monitor.METRICS)[-1]["num_bad"] == 2
+    strict = runs.tiny(packed, tmp_path, "name=strict", "data.max_bad_fraction=0.02", *settings)
+    with Context(strict.run_dir) as context:
+        folders = job.prepare(strict, 1)
+        with pytest.raises(RunError, match=r"2 of the \d+ samples of data\.labelled seen are bad"):
+            job.pretrain(strict, context, folders)
+
+
 def test_images_without_labels_are_never_asked_for_theirs(tmp_path: Path) -> None:
     folder = runs.photos(tmp_path / "images", num=32)
     flat = tmp_path / "flat"
@@ -161,6 +193,6 @@ def test_images_without_labels_are_never_asked_for_theirs(tmp_path: Path) -> Non
     for i, path in enumerate(sorted(folder.rglob("*.*g"))):
         path.rename(flat / f"{i}{path.suffix}")
     packed = shards.pack(str(flat), tmp_path / "packed")
-    assert np.array_equal(Dataset.open(packed).labelled_ids(), [])
+    assert np.array_equal(Dataset.open(packed).ids_with("label"), [])
     with pytest.raises(ConfigError, match="more than the 0 labels"):
         plan.of_labelled(runs.tiny(packed, tmp_path, "method.name=uda"), Dataset.open(packed), 1)
