@@ -27,8 +27,8 @@ Self = TypeVar("Self", bound="Context")  # typing has one from Python 3.11 on
 class Context:
     """One process of a run, alone or under torchrun.
 
-    Use as a context manager: leaving it waits for the last checkpoint (of one under Ray, Ray's worker does that).
-    `mirror` is there where the run folder lies at a URL and `run_dir` is this node's working copy of it.
+    Use as a context manager: leaving it waits for the last checkpoint. `mirror` is there where the run folder
+    lies at a URL and `run_dir` is this node's working copy of it.
     """
 
     def __init__(self, run_dir: Path) -> None:

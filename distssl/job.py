@@ -149,7 +149,7 @@ def pretrain(run: Run, context: Context, data: Folders) -> bool:
     """Train from where the run folder is, then evaluate; False where somebody asked to stop before the end."""
     with run_folder.trained_in(run, context):
         finished = _pretrain(_as_claimed(run, context), context, data)
-        context.wait()  # for the last checkpoint, after which nothing changes; under Ray its worker waits later
+        context.wait()  # for the last checkpoint, after which nothing changes
     return finished
 
 

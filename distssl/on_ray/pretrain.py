@@ -41,7 +41,6 @@ class RayContext(Context):
         self._told = run.run_url is not None and home != ray.get_runtime_context().get_node_id()
         self._eval_cpus = run.machine.eval_cpus
         self._draining = False  # a node of the workers
-        self._written: Future[Path] = Future()  # the checkpoint committed last
         self._storage = train.get_context().get_storage()
         self._evaluations: dict[Any, int] = {}  # what Ray will give -> the step it is of
         self._latest: Any = None  # of those that were started
@@ -51,7 +50,7 @@ class RayContext(Context):
         if self.rank != 0:
             train.report(dict(metrics))
             return
-        self._written = written = Future()
+        self._pending = written = Future[Path]()
         # Ray calls `write` in a background thread instead of copying the folder it is given, which is empty.
         train.report(
             dict(metrics),
@@ -87,7 +86,7 @@ class RayContext(Context):
         """Where a host is about to be taken away: raise what has Ray start the workers again without it."""
         if self._draining:
             if self.rank == 0:
-                self._written.result()
+                self.wait()
                 log.info("a host of the workers is about to be taken away: a checkpoint is saved, going on without it")
             logging.disable(logging.ERROR)  # Ray would show it with a traceback
             raise RayActorError(error_msg="a host of the workers is taken away", preempted=True)

@@ -24,7 +24,7 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
 from distssl.on_ray import place
-from tests import processes, runs
+from tests import disks, processes, runs
 from tests.conftest import Ranks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -241,6 +241,17 @@ def test_a_mistake_that_a_restart_cannot_mend_ends_the_run_with_one_line(start: 
     assert said.count("error: the loss is") == said.count("error:") == 1
     assert not tracebacks(said)
     assert "resuming" not in said
+
+
+def test_a_full_disk_ends_the_run_with_one_line(start: Callable[..., Driver], tmp_path: Path) -> None:
+    with disks.small(tmp_path / "disk", megabytes=6) as disk:
+        driver = start(f"machine.storage={disk}", "model.options={width: 48}", "checkpoint.every=1")
+        assert driver.exit_code() == 2
+    said = driver.log.read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert str(disk) in line
+    assert "No space left" in line
+    assert not tracebacks(said)
 
 
 def test_evaluations_beside_the_training_land_on_their_steps(
