@@ -145,9 +145,9 @@ def load(file: Path, run: Run) -> Calibration:
         read = Calibration(**{**tree, "links": Links(**tree["links"])})
     except OSError as error:
         raise ConfigError(f"--calibration {file}: {error.strerror}; a file that --save wrote is right") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"--calibration {file}: not a calibration; a file that --save wrote is right") from None
     here = _settings(run)
     differs = [key for key in {**read.of, **here} if read.of.get(key) != here.get(key)]

@@ -148,9 +148,16 @@ def sum_(x: Tensor) -> Tensor:
     return x
 
 
-def gather_objects(value: T) -> list[T]:
-    """The picklable `value` of every rank, in rank order, on every rank. Not differentiable."""
-    return _gathered_objects(value, None)
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The picklable `value` of every rank, in rank order, on every rank. Not differentiable.
+
+    group: another one of all ranks than the one they are in anyway.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group)
+    return values
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -162,9 +169,21 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return values[0]
 
 
-def together(call: Callable[[], T]) -> T:
-    """`call()` on every rank; where one raises a ConfigError or RunError, all of them do, instead of waiting for it."""
-    return _agreed(call, None)
+def together(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """`call()` on every rank; where one raises a ConfigError or RunError, all of them do, instead of waiting for it.
+
+    group: as of `gather_objects`.
+    """
+    value: T | None = None
+    mistake: ConfigError | RunError | None = None
+    try:
+        value = call()
+    except (ConfigError, RunError) as error:
+        mistake = error
+    for found in gather_objects(mistake, group):
+        if found is not None:
+            raise found
+    return cast(T, value)
 
 
 def patiently(call: Callable[[], T], within_s: float) -> T:
@@ -174,35 +193,13 @@ def patiently(call: Callable[[], T], within_s: float) -> T:
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=within_s))  # while all ranks are here
     assert isinstance(group, dist.ProcessGroup)
     try:
-        return _agreed(call, group)
+        return together(call, group)
     finally:
         dist.destroy_process_group(group)
 
 
 def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _agreed(call: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    value: T | None = None
-    mistake: ConfigError | RunError | None = None
-    try:
-        value = call()
-    except (ConfigError, RunError) as error:
-        mistake = error
-    for found in _gathered_objects(mistake, group):
-        if found is not None:
-            raise found
-    return cast(T, value)
-
-
-def _gathered_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """group: of all ranks; None: the one they are in anyway."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group)
-    return values
 
 
 def _gathered(x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def view(sample: Sample, cfg: Augment) -> Any:
         image = blur(image, draws, device, cfg.blur, cfg.blur_sigma)
     if cfg.solarize:
         image = solarize(image, draws, cfg.solarize, cfg.solarize_threshold)
-    return normalise(image, mirror=draws.coin(cfg.flip))
+    return normalise_mirrored(image, draws, cfg.flip)
 
 
 def crop(sample: Sample, cfg: Crop) -> Any:
@@ -256,3 +256,8 @@ def normalise(image: Any, mirror: Any = False) -> Any:
         dtype=types.FLOAT,
         output_layout="HWC",
     )
+
+
+def normalise_mirrored(image: Any, draws: Draws, probability: float) -> Any:
+    """As `normalise`, mirrored with a probability."""
+    return normalise(image, mirror=draws.coin(probability))

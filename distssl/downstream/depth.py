@@ -31,8 +31,7 @@ class Depth(Network):
     pictures_an_image = 3
 
     def build(self) -> None:
-        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
-        self.head = SkipHead(channels, 1)
+        self.head = SkipHead(self.map_channels, 1)
         self.head.start_from(self.facts.log_depth)
 
     @classmethod

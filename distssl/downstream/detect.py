@@ -40,7 +40,7 @@ class Detect(Network):
     def build(self) -> None:
         if self.how.size_px % MULTIPLE:  # torchvision would pad the images, and put the anchors elsewhere
             raise ConfigError(f"eval.fit.size_px={self.how.size_px}: detection needs a multiple of {MULTIPLE}")
-        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
+        channels = self.map_channels
         width = min(256, max(32, channels[-1] // 8))  # a ResNet-50's is the paper's
         pyramid = _Pyramid(self.backbone, channels, width)
         sides = [x.shape[-1] for x in pyramid.eval()(torch.zeros(1, 3, self.how.size_px, self.how.size_px)).values()]

@@ -33,8 +33,7 @@ class Keypoints(Network):
     recipe: ClassVar[Recipe] = dataclasses.replace(Recipe(), flip=0.0)
 
     def build(self) -> None:
-        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
-        self.head = SkipHead(channels, self.facts.num_points)
+        self.head = SkipHead(self.map_channels, self.facts.num_points)
 
     @classmethod
     def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:

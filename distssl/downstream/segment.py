@@ -26,8 +26,7 @@ class Segment(Network):
     target = "mask"
 
     def build(self) -> None:
-        channels = [shape[0] for shape in self.backbone.use_maps(self.how.size_px)]
-        self.head = SkipHead(channels, self.facts.num_classes)
+        self.head = SkipHead(self.map_channels, self.facts.num_classes)
 
     @classmethod
     def facts_of(cls, data: Labelled, num_classes: int | None) -> Facts:

@@ -79,20 +79,9 @@ class Network(nn.Module, ABC):
         trained = {"all": len(stages), "head": 0}.get(str(recipe.trained), recipe.trained)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(self._depth[name] < int(trained))
-        if self.uses_pyramid:
-            self._leave_out_what_no_map_needs()
+        maps = backbone.use_maps(recipe.size_px) if self.uses_pyramid else []
+        self.map_channels = [channels for channels, _, _ in maps]
         self.build()
-
-    def _leave_out_what_no_map_needs(self) -> None:
-        """Some of timm's networks have layers between their last map and their features: DDP would wait for them."""
-        learning = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
-        if not learning:
-            return
-        maps = self.backbone.eval().pyramid(torch.zeros(1, 3, self.how.size_px, self.how.size_px))
-        total = torch.stack([x.sum() for x in maps]).sum()
-        gradients = torch.autograd.grad(total, learning, allow_unused=True)
-        for parameter, gradient in zip(learning, gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
 
     @abstractmethod
     def build(self) -> None:

@@ -121,4 +121,4 @@ def held_out_auc(trained: Corruption, batches: Iterable[dict[str, Tensor]]) -> d
 
 def _finished(image: Any, cfg: Config, sample: Any) -> Any:
     image = corruptions.reencode(image, sample, cfg.quality)
-    return augment.normalise(image, mirror=sample.draws.coin(cfg.augment.flip))
+    return augment.normalise_mirrored(image, sample.draws, cfg.augment.flip)

@@ -106,7 +106,7 @@ class Inpainting(method.Method):
     @classmethod
     def views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
         image = augment.crop(sample, cfg.augment)
-        views = {"image": augment.normalise(image, mirror=sample.draws.coin(cfg.augment.flip))}
+        views = {"image": augment.normalise_mirrored(image, sample.draws, cfg.augment.flip)}
         return views | ({"units": sample.draws.units(3 * cfg.blocks)} if cfg.mask == "random" else {})
 
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class Rotation(method.Method):
     @classmethod
     def views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
         image = augment.crop(sample, cfg.augment)
-        return {"image": augment.normalise(image, mirror=sample.draws.coin(cfg.augment.flip))}
+        return {"image": augment.normalise_mirrored(image, sample.draws, cfg.augment.flip)}
 
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         turned = torch.cat(turns(views["image"]))  # [4N, 3, S, S]

@@ -63,11 +63,14 @@ class UDA(method.Method):
         sample = sample.decoded()
         weak = augment.crop(sample, cfg.augment)
         strong = randaugment.view(augment.crop(sample, cfg.augment), sample, cfg.strong, cfg.augment.size_px)
-        return {"weak": _flipped(weak, sample, cfg.augment), "strong": _flipped(strong, sample, cfg.augment)}
+        crops = {"weak": weak, "strong": strong}
+        return {
+            name: augment.normalise_mirrored(image, sample.draws, cfg.augment.flip) for name, image in crops.items()
+        }
 
     @classmethod
     def labelled_views(cls, cfg: Config, sample: Any) -> dict[str, Any]:
-        return {"image": _flipped(augment.crop(sample, cfg.augment), sample, cfg.augment)}
+        return {"image": augment.normalise_mirrored(augment.crop(sample, cfg.augment), sample.draws, cfg.augment.flip)}
 
     @classmethod
     def check_labels(cls, cfg: Config, num_classes: int) -> None:
@@ -92,10 +95,6 @@ class UDA(method.Method):
             "confident": share,
             "accuracy": (x.argmax(1) == labels).double().mean(),
         }
-
-
-def _flipped(image: Any, sample: Any, cfg: Crop) -> Any:
-    return augment.normalise(image, mirror=sample.draws.coin(cfg.flip))
 
 
 def threshold(cfg: Config, progress: float) -> float:
