@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from tests import debian
+
 # Elements by a CSS selector, of shadow roots and frames too.
 EVERY = """
 function every(selector, root = document) {
@@ -123,10 +125,6 @@ def started(profile: Path) -> Iterator[Browser]:
 def installed() -> str:
     """The program; skips as `started` does."""
     found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        line = "apt-get update -q && apt-get install -qy --no-install-recommends chromium"
-        subprocess.run(["bash", "-c", line], check=False, capture_output=True, timeout=500)
-        found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("there is no chromium here, and apt-get install chromium did not bring one")
-    return found
+    if found is None and (reason := debian.install(["chromium"])):
+        pytest.skip(reason)
+    return found or "chromium"

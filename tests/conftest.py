@@ -148,6 +148,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs ranks; and what one process of `pytest -n` has to itself: a file, or all tests of clusters."""
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.dist)
+        is_cluster = item.path.parent.name == "cluster"  # each is many hosts, and waits for most of its time
+        item.add_marker(pytest.mark.xdist_group("cluster" if is_cluster else str(item.path.relative_to(ROOT))))

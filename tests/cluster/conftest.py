@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import browser, buckets
+from tests import browser, buckets, debian
 from tests.cluster import hosts, two_hosts
 from tests.cluster.cloud import Cloud
 from tests.cluster.two_hosts import TwoHosts
@@ -20,7 +20,7 @@ from tests.cluster.user import User
 @pytest.fixture(scope="session")
 def namespaces() -> None:
     """Skips where hosts cannot be made of namespaces."""
-    reason = hosts.missing() or hosts.install(["openssh-server", "openssh-client", "rsync", "iproute2"])
+    reason = hosts.missing() or debian.install(["openssh-server", "openssh-client", "rsync", "iproute2"])
     if reason:
         pytest.skip(reason)
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "10.77.0"
@@ -162,21 +162,6 @@ def missing() -> str | None:
     probe = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, check=False)
     if probe.returncode:
         return f"namespaces cannot be made here: {probe.stderr.decode().strip()}"
-    return None
-
-
-def install(packages: Sequence[str]) -> str | None:
-    """Debian packages that are not there yet; why that cannot be, or None."""
-    needed = [name for name in packages if subprocess.run(["dpkg", "-s", name], capture_output=True).returncode]
-    if not needed:
-        return None
-    if shutil.which("apt-get") is None:
-        return f"needs {', '.join(needed)}, and this is no Debian"
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # no service is to start
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *needed]):
-        done = subprocess.run(command, env=environment, capture_output=True, check=False)
-        if done.returncode:
-            return f"needs {', '.join(needed)}: {done.stderr.decode().strip().splitlines()[-1]}"
     return None
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from distssl import config, monitor
 from distssl.on_ray.gauges import GAUGES
-from tests import processes, runs
+from tests import debian, processes, runs
 from tests.object_server import ObjectServer
 
 pytestmark = pytest.mark.cloud
@@ -54,17 +54,12 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def program() -> str:
-    found = shutil.which("prometheus")
-    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        install = "apt-get -o DPkg::Lock::Timeout=200 install -qy --no-install-recommends prometheus"
-        line = f"apt-get -o DPkg::Lock::Timeout=200 update -q && {install}"
-        subprocess.run(["bash", "-c", line], check=False, capture_output=True, timeout=500)
+    if shutil.which("prometheus") is None:
+        if reason := debian.install(["prometheus"]):
+            pytest.skip(reason)
         if Path("/run/systemd/system").exists():  # the package starts a service, which nobody asked for
             subprocess.run(["systemctl", "disable", "--now", "prometheus"], check=True, capture_output=True)
-        found = shutil.which("prometheus")
-    if found is None:
-        pytest.skip("there is no prometheus here, and apt-get install prometheus (for root alone) did not bring one")
-    return found
+    return "prometheus"
 
 
 @contextmanager
