@@ -92,6 +92,9 @@ class Train(Section):
     clip_norm: float | None = Field(default=None, gt=0)
     precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
     log_every: PositiveInt = Field(default=10, description="optimiser steps")
+    on_collapse: Literal["warn", "stop"] = Field(
+        default="warn", description="when all embeddings are alike, or of one dimension, three log lines in a row"
+    )
 
 
 class Checkpoint(Section):
@@ -270,12 +273,11 @@ def parse(text: str) -> Run:
 
 
 def science(run: Run) -> dict[str, Any]:
-    """What decides the result, as {dotted key: value}: everything but `name` and `machine`."""
-    tree = run.model_dump(mode="json", exclude={"name", "machine"})
-    for free in ("log_every",):
+    """What decides the result, as {dotted key: value}: not where it runs, nor what is written and when."""
+    tree = run.model_dump(mode="json", exclude={"name", "machine", "checkpoint"})
+    for free in ("log_every", "on_collapse"):
         tree["train"].pop(free)
     tree["model"].pop("init")  # its weights count, wherever they lie
-    tree.pop("checkpoint")
     return dict(_flatten(tree))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -21,7 +20,7 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.data import quarantine
 from distssl.data.shards import Dataset
-from distssl.errors import RunError
+from distssl.guard import Guard
 from distssl.lookout import Lookout
 from distssl.nn import backbones, diagnostics, norm, optim, precision
 from distssl.weights import Weights
@@ -56,6 +55,7 @@ class Training:
         self.probe = probe
         self.elsewhere = elsewhere  # the same for another process
         self.plan = plan.of_run(run, dataset, context.world_size)
+        self.warmup_steps = round(run.train.warmup_epochs * self.plan.steps_per_epoch)
         self.quarantine = quarantine.Quarantine()
         self.dtype = precision.resolve(run.train.precision, context.device)
         precision.speed_up_float32_matmul(context.device)
@@ -82,6 +82,7 @@ class Training:
             # BatchNorm's statistics are global already, so there are no buffers to broadcast.
             self.model = DistributedDataParallel(self.method, forward_sync_buffers=False)
         self.window = window.Window()
+        self.guard = Guard(run.train.on_collapse, self.warmup_steps, tells=context.rank == 0)
         self.lookout = Lookout(context, self.step)
         self.monitor = monitor.Monitor(context.run_dir, self.step) if context.rank == 0 else None
         if self.monitor:  # what a run that was killed had found and not yet told
@@ -129,10 +130,7 @@ class Training:
             self.start_epoch()
         self.model.train()
         self.metrics["lr"] = optim.learning_rate(
-            self.step,
-            base=cfg.lr,
-            total_steps=self.plan.total_steps,
-            warmup_steps=round(cfg.warmup_epochs * self.plan.steps_per_epoch),
+            self.step, base=cfg.lr, total_steps=self.plan.total_steps, warmup_steps=self.warmup_steps
         )
         optim.set_learning_rate(self.optimizer, self.metrics["lr"])
         self.optimizer.zero_grad(set_to_none=True)
@@ -215,12 +213,12 @@ class Training:
         figures = {name: total / self.context.world_size for name, total in zip(figures, sums[:-1], strict=True)}
         if sums[-1]:
             self._share_quarantine(fresh)
-        if not math.isfinite(figures["loss"]):
-            raise RunError(f"the loss is {figures['loss']} at step {self.step}; try a lower train.lr or a clip_norm")
+        self.guard.require_numbers(self.step, figures)
         embeddings = outputs.get("embeddings")  # [V, N, D]
         if embeddings is not None:
             za, zb = (collectives.gather_no_grad(z.float()) for z in embeddings[:2])  # [B, D] each
             figures |= {name: value.item() for name, value in diagnostics.of_embeddings(za, zb).items()}
+        self.guard.look(self.step, figures)
         news, self.news = self.news, {}
         first = "loss" not in self.metrics
         self._take_evaluations()
@@ -261,6 +259,7 @@ class Training:
 
     def _checkpoint(self) -> None:
         """Take the state now, write it in the background. Every rank calls it."""
+        self.guard.require_finite(self.step, self.method)
         metrics, place = dict(self.metrics), (self.context.run_dir, self.context.mirror)
         state = self._state() if self.context.rank == 0 else {}
         keep = self.cfg.checkpoint.keep_last, self.cfg.checkpoint.keep_best, self.context.pending()

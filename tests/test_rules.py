@@ -28,7 +28,7 @@ LEVELS = [
     ["nn"],
     ["weights"],
     ["methods", "method"],
-    ["plan", "window", "lookout", "monitor", "checkpoint"],
+    ["plan", "window", "lookout", "guard", "monitor", "checkpoint"],
     ["mirrored"],
     ["streams"],
     ["downstream"],
