@@ -85,14 +85,20 @@ def examine(run: Run, name: str, exam: Exam, splits: dict[str, photos.Split]) ->
 
 
 def complete(
-    name: str, seed: int, settings: Settings, prepared: photos.Photos, out: Path, splits: dict[str, photos.Split]
+    name: str,
+    seed: int,
+    exams: Sequence[Exam],
+    settings: Settings,
+    prepared: photos.Photos,
+    out: Path,
+    splits: dict[str, photos.Split],
 ) -> None:
     """Train a method and examine it, as far as that is not done yet."""
     contestants.pretrained(name, settings, prepared, out, seed)
     run = contestants.run_of(name, settings, prepared, out, seed)
     folder = ROWS / f"{name}_seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    for exam in EXAMS:
+    for exam in exams:
         if not any(row.data == f"{exam.data}_train" for row in read_summary(folder)):
             print(f"{name}, seed {seed}: {exam.data}", flush=True)
             write_summary(folder, examine(run, name, exam, splits))
@@ -109,10 +115,11 @@ def render(found: Found) -> str:
             lines.append(f"| {name} | {' | '.join(texts)} |")
     several = [name for name in METHODS if (name, 1) in found]
     columns = [(name, reference) for name in several for reference in REFERENCES]
-    lines += ["", f"| | {' | '.join(f'{name} - {reference}' for name, reference in columns)} |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for place, title in zip(places, titles, strict=True):
-        lines.append(f"| {title} | {' | '.join(_added(found, *column, place) for column in columns)} |")
+    if columns:
+        lines += ["", f"| | {' | '.join(f'{name} - {reference}' for name, reference in columns)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for place, title in zip(places, titles, strict=True):
+            lines.append(f"| {title} | {' | '.join(_added(found, *column, place) for column in columns)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sets"), help="runs and packed images")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; 'table': none")
+    parser.add_argument("--data", default=",".join(exam.data for exam in EXAMS), help="data sets, comma-separated")
     parser.add_argument("--seeds", type=int, default=1, help="of pretraining")
     parser.add_argument("--threads", type=int, default=Settings.threads)
     args = parser.parse_args(arguments)
@@ -161,9 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.methods != "table":
         prepared = photos.prepare(out, settings.images)
         splits = prepared.splits | labelled_sets.prepare(out)
+        exams = [exam for exam in EXAMS if exam.data in args.data.split(",")]
         for seed in range(args.seeds):
             for name in args.methods.split(","):
-                complete(name, seed, settings, prepared, out, splits)
+                complete(name, seed, exams, settings, prepared, out, splits)
     print(render(read()))
 
 

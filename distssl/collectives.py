@@ -24,6 +24,8 @@ from distssl.errors import ConfigError, RunError
 
 T = TypeVar("T")
 
+A_WEEK_S = 7 * 24 * 3600.0
+
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GPU_BACKEND = "cpu:gloo,cuda:nccl"  # nccl alone refuses CPU tensors, and figures and ids are such on a GPU too
 
@@ -186,8 +188,8 @@ def together(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
     return cast(T, value)
 
 
-def patiently(call: Callable[[], T], within_s: float) -> T:
-    """As `together`, for a call that may take longer than a collective may wait: up to `within_s` seconds."""
+def patiently(call: Callable[[], T], within_s: float = A_WEEK_S) -> T:
+    """As `together`, for a call that may take longer than a collective may wait, and that no rank gives up before."""
     if world_size() == 1:
         return call()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=within_s))  # while all ranks are here

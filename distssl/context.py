@@ -81,12 +81,14 @@ class Context:
         Nodes come in the same order in every run, so that no two runs wait for each other.
         """
         with contextlib.ExitStack() as locks:
-            for node in sorted(set(self.nodes)):
+
+            def lock(node: str) -> None:
                 if self.first_of_node and self.nodes[self.rank] == node:
                     atomic.make_folder(folder)
                     locks.enter_context(atomic.locked(folder))
-                if not self.shares_run_dir:
-                    collectives.barrier()
+
+            for node in sorted(set(self.nodes)):  # for as long as another run holds it
+                collectives.patiently(functools.partial(lock, node))
             yield
 
     def commit(self, write: Callable[[], Path], metrics: Mapping[str, float]) -> None:

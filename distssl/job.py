@@ -16,7 +16,7 @@ from distssl.context import Context, stop_file
 from distssl.data import shards
 from distssl.data.locations import Place
 from distssl.data.shards import Dataset
-from distssl.downstream import evaluate, fit, labels, pictures, rows
+from distssl.downstream import evaluate, fit, labels, needs, pictures, rows
 from distssl.errors import ConfigError
 from distssl.mirror import Mirror
 from distssl.remote import Remote
@@ -53,7 +53,7 @@ def prepare(run: Run, world_size: int) -> Folders:
             f"train.micro_batch={run.train.micro_batch}: {run.method.name} mixes two streams; leave it out"
         )
     ready = folders(run)
-    _check_labels(run, ready)
+    _check_labels(run, ready, world_size)
     data = Dataset.open(ready.data, run.machine)
     if built.reads_masks(built.cfg) and not labels.has(data, "mask"):
         raise ConfigError(f"data.source={run.data.source}: has no masks; {labels.WHERE['mask']} is right")
@@ -62,20 +62,27 @@ def prepare(run: Run, world_size: int) -> Folders:
         labelled = Dataset.open(ready.labelled, run.machine)
         built.check_labels(built.cfg, len(labelled.classes))
         plan.of_labelled(run, labelled, world_size)
+        if ready.labelled == ready.eval_train and not ready.eval_test and not plan.learns_beside_its_test(run):
+            raise ConfigError(
+                f"eval.source={run.eval.source}: is data.labelled under another name; say the same of both"
+            )
     is_kept = there is not None and (run.run_dir / weights.KEPT).exists()
     _claim(run, None if is_kept else start)
     return ready
 
 
-def _check_labels(run: Run, ready: Folders) -> None:
+def _check_labels(run: Run, ready: Folders, world_size: int) -> None:
     """Labels must be right for each task, and those that the user names be there, before anything is trained."""
     if ready.eval_train:
         train = Dataset.open(ready.eval_train, run.machine)
         test = Dataset.open(ready.eval_test, run.machine) if ready.eval_test else None
         for task in run.eval.tasks:
-            kind = evaluate.kind(task)
+            kind = needs.kind(task)
             if run.eval.source or labels.has(train, kind):
-                evaluate.check(task, evaluate.labelled(run, train, test, kind), run.eval.num_classes)
+                needs.check(task, run, needs.labelled(run, train, test, kind))
+        needs.check_batches(run, train, test, world_size)
+        if all(labels.has(each, labels.LABEL) for each in (train, test or train)):  # kNN on the way
+            needs.labelled(run, train, test, labels.LABEL)
 
 
 def _refuse_another(run: Run, there: Run | None) -> None:
@@ -138,7 +145,7 @@ def folders(run: Run, tasks: Sequence[str] | None = None) -> Folders:
     if not tasks:
         return Folders(data, labelled, None, None)
     eval_train = prepared(run.eval.source, key="eval.source") if run.eval.source else data
-    needed = {evaluate.kind(task) for task in tasks}
+    needed = {needs.kind(task) for task in tasks}
     if not run.eval.source and not any(labels.has(Dataset.open(eval_train, run.machine), kind) for kind in needed):
         return Folders(data, labelled, None, None)
     eval_test = prepared(run.eval.test_source, key="eval.test_source") if run.eval.test_source else None

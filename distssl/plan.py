@@ -10,7 +10,7 @@ import numpy as np
 
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import balanced_order, draws
+from distssl.data import balanced_order, draws, held_out
 from distssl.data.annotations import LABEL
 from distssl.data.loader import Request
 from distssl.data.order import Order, nearest
@@ -104,9 +104,15 @@ class LabelledStream:
 
 
 def of_labelled(run: Run, dataset: Dataset, world_size: int) -> LabelledStream:
-    """The labelled stream of a run. Raises ConfigError where there are too few labels or the sizes do not fit."""
+    """The labelled stream of a run, without the images that are held out of the same labels for the test.
+
+    Raises ConfigError where there are too few labels or the sizes do not fit.
+    """
     key = "data.labelled" if run.data.labelled else "data.source"
     ids = dataset.ids_with(LABEL)
+    if learns_beside_its_test(run):
+        ids, _ = held_out.split(ids)
+        key += " (a fifth is held out for the test)"
     if run.data.num_labelled is not None:
         if run.data.num_labelled > len(ids):
             raise ConfigError(f"data.num_labelled={run.data.num_labelled} is more than the {len(ids)} labels of {key}")
@@ -121,6 +127,12 @@ def of_labelled(run: Run, dataset: Dataset, world_size: int) -> LabelledStream:
     )
     order.check_world_size(world_size)
     return LabelledStream(order, ids)
+
+
+def learns_beside_its_test(run: Run) -> bool:
+    """Whether the labelled stream and the test are parts of the same labels."""
+    judged = run.eval.source or run.data.source
+    return run.eval.test_source is None and judged == (run.data.labelled or run.data.source)
 
 
 def of_run(run: Run, dataset: Dataset, world_size: int) -> Plan:

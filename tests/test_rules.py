@@ -59,7 +59,7 @@ DATA = [
     ["dataset", "packing"],
     ["shards"],
     ["draws"],
-    ["order", "balanced_order", "sample", "quarantine"],
+    ["order", "balanced_order", "held_out", "sample", "quarantine"],
     ["augment", "windows"],
     ["pixels", "patches", "randaugment", "corruptions"],
     ["graph"],

@@ -62,8 +62,11 @@ def nearest_of(queries: Tensor, keys: Features, mean: Tensor, k: int) -> tuple[T
 
 def linear(train: Features, test: Features, *, inverse_l2: float, context: Context) -> dict[str, float]:
     """Accuracy and macro F1 of multinomial logistic regression on standardised features, fitted by rank 0."""
-    found = _linear(train, test, inverse_l2) if context.rank == 0 else {}
-    return collectives.broadcast_object(found)
+
+    def fit() -> dict[str, float]:
+        return _linear(train, test, inverse_l2) if context.rank == 0 else {}
+
+    return collectives.broadcast_object(collectives.patiently(fit))
 
 
 def _linear(train: Features, test: Features, inverse_l2: float) -> dict[str, float]:

@@ -21,67 +21,18 @@ from distssl import collectives, config, method, weights
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data.shards import Dataset
-from distssl.downstream import classify, cluster, features, fit, labels, pictures, retrieve
-from distssl.downstream.depth import Depth
+from distssl.downstream import classify, cluster, features, fit, labels, needs, pictures, retrieve
 from distssl.downstream.features import Features
-from distssl.downstream.finetune import Finetune
 from distssl.downstream.fit import Fitting, Job
-from distssl.downstream.keypoints import Keypoints
 from distssl.downstream.labels import Labelled
-from distssl.downstream.rows import BACKBONES, Row
-from distssl.downstream.segment import Segment
-from distssl.downstream.task import Facts, Network, Recipe
+from distssl.downstream.rows import Row
+from distssl.downstream.task import Facts, Recipe
 from distssl.nn.backbones import Backbone
 
 log = logging.getLogger(__name__)
 
 MOST_ONLINE = 5000  # training features of the kNN evaluation during pretraining, and a fifth of it for the test
 FEATURES, FITS = "features", "fits"  # folders in the run folder
-WITH_FEW_LABELS = ("knn", "linear", "finetune")  # tasks evaluated for each of eval.labels
-
-
-def network(task: str) -> type[Network]:
-    """The network of one of config.FITTED_TASKS."""
-    if task == "detect":  # torchvision's detectors take seconds to import
-        from distssl.downstream.detect import Detect
-
-        return Detect
-    return {"finetune": Finetune, "segment": Segment, "depth": Depth, "keypoints": Keypoints}[task]
-
-
-def kind(task: str) -> str:
-    """The kind of labels a task learns from."""
-    return labels.LABEL if task in config.FROZEN_TASKS else network(task).kind
-
-
-def check(task: str, data: Labelled, num_classes: int | None) -> Facts | None:
-    """What a network trained for the task must know of the labels; None of a task that trains none.
-
-    num_classes: eval.num_classes. Raises ConfigError where the labels are wrong.
-    """
-    if task not in config.FITTED_TASKS:
-        return None
-    chosen = network(task)
-    facts = chosen.facts_of(data, num_classes)
-    for dataset, ids in data.parts:
-        chosen.annotations(dataset, ids)
-    return facts
-
-
-def labelled(run: Run, train: Dataset, test: Dataset | None, kind: str) -> Labelled:
-    """The labels of a kind that a run is judged by. Raises ConfigError where there are none."""
-    return labels.find(train, test, kind, _name(run), "eval.source" if run.eval.source else "data.source")
-
-
-def _name(run: Run) -> str:
-    return config.plain_name(run.eval.source or run.data.source)
-
-
-def batches(run: Run, tasks: Sequence[str]) -> set[int]:
-    """Images a step of the networks that an evaluation on tasks trains, where there are labels enough."""
-    supervised = {"finetune"} if "supervised" in (run.eval.backbones or BACKBONES) else set()
-    fitted = supervised.union(tasks).intersection(config.FITTED_TASKS)
-    return {network(task).recipe.asked(run.eval.fit).batch for task in fitted}
 
 
 class Evaluation:
@@ -97,7 +48,7 @@ class Evaluation:
         self.train, self.test = train, test
         self.trained = trained
         self.how = features.Extraction.of_run(run, context.device)
-        self.name = _name(run)
+        self.name = needs.name(run)
         both = f"{train.fingerprint} {(test or train).fingerprint}"
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest()[:12]
         self._labelled: dict[str, Labelled] = {}  # by kind; made once, as the next three
@@ -108,20 +59,18 @@ class Evaluation:
     def missing(self, tasks: Sequence[str]) -> dict[str, str]:
         """Those of the tasks for which there are no labels to train or to test on: what would be right."""
         sets = [self.train, self.test or self.train]
-        return {
-            task: labels.WHERE[kind(task)] for task in tasks if not all(labels.has(each, kind(task)) for each in sets)
-        }
+        return {task: right for task in tasks for right in [needs.missing(self.run, sets, needs.kind(task))] if right}
 
     def check(self, task: str) -> None:
         """Raises ConfigError where there are no labels for a task, or wrong ones."""
-        facts = check(task, self.labelled(kind(task)), self.cfg.num_classes)
+        facts = needs.check(task, self.run, self.labelled(needs.kind(task)))
         if facts:
             self._facts[task] = facts
 
     def labelled(self, kind: str) -> Labelled:
         """Raises ConfigError where there are no labels of this kind."""
         if kind not in self._labelled:
-            self._labelled[kind] = labelled(self.run, self.train, self.test, kind)
+            self._labelled[kind] = needs.labelled(self.run, self.train, self.test, kind)
         return self._labelled[kind]
 
     def online(self, backbone: Backbone) -> dict[str, float]:
@@ -197,10 +146,10 @@ class Evaluation:
 
     def _rows(self, name: str, task: str) -> list[Row]:
         """A row for each number of labels and metric, over seeds."""
-        data = self.labelled(kind(task))
+        data = self.labelled(needs.kind(task))
         rows: dict[tuple[int | None, int | None], list[Row]] = {}
-        for how_many in self.cfg.labels if task in WITH_FEW_LABELS else (None,):
-            number = len(self._few(data, kind(task), how_many, 0))
+        for how_many in self.cfg.labels if task in needs.WITH_FEW_LABELS else (None,):
+            number = len(needs.few(data, needs.kind(task), how_many, 0))
             number = None if number == len(data.train_ids) else number
             per_class = labels.per_class(how_many) if number else None
             if (number, per_class) in rows:  # "1%" is a number too
@@ -255,9 +204,9 @@ class Evaluation:
 
     def _job(self, task: str, name: str, how_many: int | str | None, seed: int) -> tuple[Job, Backbone]:
         """A network to train, and what it begins with: for the supervised rows too that is the untrained backbone."""
-        data, recipe = self.labelled(kind(task)), self._recipe(task, name)
+        data, recipe = self.labelled(needs.kind(task)), self._recipe(task, name)
         start = self.backbone("random" if name == "supervised" else name, seed)
-        ids = self._few(data, kind(task), how_many, seed)
+        ids = needs.few(data, needs.kind(task), how_many, seed)
         facts = [task, name, seed, recipe, data.train.fingerprint, data.test.fingerprint, self.cfg.num_classes]
         facts += [ids.tolist(), data.test_ids.tolist(), weights.digest(start.state_dict())]
         facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels]
@@ -267,20 +216,16 @@ class Evaluation:
         return Job(title, folder, data.train, ids, data.test, data.test_ids, seed), start
 
     def _fitting(self, task: str, name: str, job: Job, start: Backbone) -> Fitting:
-        chosen, recipe = network(task), self._recipe(task, name)
+        chosen, recipe = needs.network(task), self._recipe(task, name)
         if task not in self._facts:
             self._facts[task] = chosen.facts_of(self.labelled(chosen.kind), self.cfg.num_classes)
         built = method.seeded(self.run.seed + job.seed, lambda: chosen(start, self._facts[task], recipe))
         return Fitting(built, job, self.how, self.context)
 
     def _recipe(self, task: str, name: str) -> Recipe:
-        own = network(task).recipe
+        own = needs.network(task).recipe
         if task == "finetune":
             own = dataclasses.replace(own, size_px=self.how.size_px, crop=self.how.crop)
         asked = own.asked(self.cfg.fit)
         trained = {"random": "head", "supervised": "all"}.get(name, asked.trained)
         return dataclasses.replace(asked, trained=trained)
-
-    def _few(self, data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:
-        classes = data.train.rows(data.train_ids).label if kind == labels.LABEL else np.zeros(len(data.train_ids))
-        return labels.few(data.train_ids, classes, how_many, seed)

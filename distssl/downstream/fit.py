@@ -29,7 +29,7 @@ from distssl.data.quarantine import Quarantine
 from distssl.data.shards import Dataset
 from distssl.downstream import features
 from distssl.downstream.features import Extraction
-from distssl.downstream.task import Network
+from distssl.downstream.task import Network, Recipe
 from distssl.errors import ConfigError, RunError
 from distssl.nn import norm, optim, precision
 from distssl.plan import LabelledStream
@@ -57,6 +57,20 @@ class Job:
     test: Dataset
     test_ids: np.ndarray
     seed: int
+
+
+def batch_of(recipe: Recipe, num_labels: int, world_size: int) -> int:
+    """Images a step over all ranks. Raises ConfigError where these cannot share them."""
+    batch = recipe.batch
+    if batch > num_labels:
+        batch = 1 << (num_labels.bit_length() - 1)  # a power of two: most numbers of workers fit
+    if batch % world_size:
+        fits = [num for num in range(1, batch + 1) if batch % num == 0]
+        raise ConfigError(
+            f"eval.fit.batch={batch}, for {num_labels} labels: {world_size} workers cannot share it; "
+            f"nearest: {nearest(world_size, fits)}"
+        )
+    return batch
 
 
 class Fitting:
@@ -131,15 +145,7 @@ class Fitting:
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         ids = self.job.train_ids
-        batch = self.recipe.batch
-        if batch > len(ids):
-            batch = 1 << (len(ids).bit_length() - 1)  # a power of two: most numbers of workers fit
-        if batch % self.context.world_size:
-            fits = [num for num in range(1, batch + 1) if batch % num == 0]
-            raise ConfigError(
-                f"eval.fit.batch={batch}, for {len(ids)} labels: {self.context.world_size} workers cannot share it; "
-                f"nearest: {nearest(self.context.world_size, fits)}"
-            )
+        batch = batch_of(self.recipe, len(ids), self.context.world_size)
         # A shard a label: an epoch leaves out what does not fill its last batch, and that should be others each time.
         order = Order(np.arange(len(ids) + 1), seed=self.job.seed, global_batch=batch, shuffle_window=len(ids))
         order.check_world_size(self.context.world_size)

@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distssl.data import annotations, draws
+from distssl.data import annotations, draws, held_out
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 
-SPLIT_SEED = 0x5EED  # of the fifth of the labels kept for the test, the same for every run
 MOST_MEASURED = 200  # depth maps looked at before the training
 MOST_NAMED = 5  # mistakes in one message
 OVERHANG_PX = 1.0  # of a box over the image's edge: annotation tools count pixels in several ways
@@ -64,7 +63,7 @@ def find(train: Dataset, test: Dataset | None, kind: str, name: str, key: str = 
             f"{_some(train.classes)}; the same names in the same order are right"
         )
     ids = train.ids_with(kind)
-    train_ids, test_ids = split(ids) if test is None else (ids, test.ids_with(kind))
+    train_ids, test_ids = held_out.split(ids) if test is None else (ids, test.ids_with(kind))
     if not len(train_ids) or not len(test_ids):
         what = "labelled images" if kind == LABEL else f"images with {kind}"
         if test is None and len(ids):
@@ -80,15 +79,9 @@ def _some(classes: Sequence[str]) -> str:
     return f"{len(classes)} ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def split(ids: np.ndarray, test_share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """Part ids into train and test by a hash of each, so that neither depends on the others."""
-    test = draws.hash64(SPLIT_SEED, ids) < np.uint64(test_share * 2**64)
-    return ids[~test], ids[test]
-
-
 def subset(ids: np.ndarray, num: int, seed: int) -> np.ndarray:
     """num of the ids by a hash of each, ascending; a smaller subset of one seed is part of a larger one."""
-    return np.sort(ids[np.argsort(draws.hash64(SPLIT_SEED, seed, ids), kind="stable")[:num]])
+    return np.sort(ids[np.argsort(draws.hash64(held_out.SEED, seed, ids), kind="stable")[:num]])
 
 
 def few(ids: np.ndarray, classes: np.ndarray, how_many: int | str | None, seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from distssl import collectives, config, context, job, progress, report
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import order
-from distssl.downstream import evaluate as evaluating
+from distssl.downstream import needs
 from distssl.errors import ConfigError, RunError
 from distssl.job import Folders
 from distssl.mirror import Mirror
@@ -30,7 +30,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 STOPPED = 130  # the exit code of a command that was asked to stop
-PREPARED_WITHIN_S = 7 * 24 * 3600  # packing and indexing may take many hours
 
 
 def pretrain(run: Run, console: Console, errors: Console) -> int:
@@ -72,7 +71,7 @@ def evaluate(found: Found, tasks: Sequence[str] | None, num_workers: int | None,
     elif num_workers or place.on_cluster():
         from distssl.on_ray import evaluate as on_ray
 
-        lanes = [order.default_lanes(batch) for batch in evaluating.batches(found.run, wanted)]
+        lanes = [order.default_lanes(batch) for batch in needs.batches(found.run, wanted)]
         num_workers = _num_workers(num_workers, lanes, f"--workers {num_workers}")
         of_ray = f"{num_workers} Ray worker{'s' if num_workers != 1 else ''}"
         console.print(f"evaluating {found.place}, {of_ray}", soft_wrap=True)
@@ -122,7 +121,7 @@ def _one_of_the_ranks(
 def _together(call: Callable[[], T]) -> T:
     """`call()` on every rank, for as long as it takes. A mistake of one ends all of them; rank 0 says it."""
     try:
-        return collectives.patiently(call, PREPARED_WITHIN_S)
+        return collectives.patiently(call)
     except (ConfigError, RunError) as error:
         if collectives.rank() == 0:
             raise

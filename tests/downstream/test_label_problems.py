@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distssl import compare, report
+from distssl import compare, job, report
 from distssl.downstream import pictures, rows
 from distssl.downstream.rows import Row, read_summary
+from distssl.errors import ConfigError
 from tests import annotated, runs
 from tests.conftest import Said
 
@@ -200,3 +202,34 @@ def test_clusters_are_made_where_they_were_asked_for(command: Command, run: Path
     assert [path.name for path in drawn.glob("*_photos_*")] == ["neighbours_photos_random.png"]
     evaluated(command, run, "cluster", f"eval.source={photos}")
     assert (drawn / "clusters_photos_random.png").exists()
+
+
+def test_masks_that_a_method_has_learnt_from_are_no_test(
+    command: Command, marked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "eval.test_source: masks that the method does not learn from are right"
+    learns = ["method.name=segsort", "method.segments=supervised", "train.lr=0.001"]
+    check_refused(command(*settings(marked, tmp_path / "runs", *learns, "eval.tasks=[segment]")), told)
+    assert not (tmp_path / "runs" / "mine").exists()
+    assert command(*settings(marked, tmp_path / "runs", *learns))[0] == 0
+    run = tmp_path / "runs" / "mine"
+    check_refused(command("evaluate", run, "--task", "segment", *FIT), told)
+    caplog.set_level(logging.INFO)
+    assert command("evaluate", run, "--task", "all", *FIT)[0] == 0
+    assert "segment (masks that the method does not learn from)" in caplog.text
+    assert {row.task for row in read_summary(run)} == {"detect", "depth", "keypoints"}
+    other = annotated.images(tmp_path / "other", 8)
+    assert "segment" in {row.task for row in evaluated(command, run, "segment", f"eval.test_source={other}")}
+
+
+def test_batches_that_the_workers_cannot_share_are_told_before_the_training(photos: Path, tmp_path: Path) -> None:
+    fit = ["eval.tasks=[finetune]", "eval.fit.batch=8", "eval.labels=[null]"]
+    tiny = functools.partial(runs.tiny, photos, tmp_path)
+    with pytest.raises(ConfigError, match=r"eval\.fit\.batch=8, for \d\d labels: 16 workers cannot share it"):
+        job.prepare(tiny(*fit), 16)
+    with pytest.raises(ConfigError, match=r"eval\.fit\.batch=2, for 3 labels: 4 workers cannot share it"):
+        job.prepare(tiny(*fit[:2], "eval.labels=[null,3]"), 4)
+    with pytest.raises(ConfigError, match=r"eval\.fit\.batch=8"):  # the supervised backbone is a network of finetune
+        job.prepare(tiny("eval.tasks=[knn]", "eval.backbones=[supervised]", *fit[1:]), 16)
+    job.prepare(tiny("eval.tasks=[knn]", *fit[1:]), 16)
+    job.prepare(tiny("name=other", *fit), 8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distssl.data import shards
+from distssl.data import held_out, shards
 from distssl.data.shards import Dataset
 from distssl.downstream import labels
 from distssl.errors import ConfigError
@@ -64,7 +64,7 @@ def test_a_label_too_few_to_hold_a_fifth_out_is_told_as_that(tmp_path: Path) -> 
     parts = set()
     for name in "01":  # by its hash one of the two is to train on, and one to test on
         boxed = dataset(tmp_path / name, {"0.png": image(), "1.png": image(), f"{name}.boxes.json": boxes()})
-        parts.add(tuple(len(part) for part in labels.split(boxed.ids_with("boxes"))))
+        parts.add(tuple(len(part) for part in held_out.split(boxed.ids_with("boxes"))))
         with pytest.raises(
             ConfigError, match=r"^data\.source: its 1 images with boxes are too few to hold a fifth out"
         ):

@@ -15,6 +15,7 @@ from distssl import collectives, job, monitor, plan, train
 from distssl.context import Context
 from distssl.data import shards
 from distssl.data.shards import Dataset
+from distssl.downstream import needs
 from distssl.errors import ConfigError, RunError
 from distssl.methods import uda
 from tests import runs
@@ -124,10 +125,30 @@ def test_fewer_labels_are_part_of_more(packed: Path, tmp_path: Path) -> None:
     assert len(ids(12)) == 12
 
 
+def test_labels_that_are_held_out_for_the_test_are_not_learnt_from(packed: Path, tmp_path: Path) -> None:
+    dataset = Dataset.open(packed)
+
+    def ids(*settings: str) -> set[int]:
+        return set(plan.of_labelled(runs.tiny(packed, tmp_path, "method.name=uda", *settings), dataset, 1).ids.tolist())
+
+    every = set(range(96))
+    test = set(needs.labelled(runs.tiny(packed, tmp_path), dataset, None, "label").test_ids.tolist())
+    assert 0 < len(test) < 40
+    assert ids() == ids(f"data.labelled={packed}") == ids(f"eval.source={packed}") == every - test
+    assert ids("eval.test_source=elsewhere") == ids("eval.source=elsewhere") == ids("data.labelled=elsewhere") == every
+    assert ids("data.labelled=elsewhere", "eval.source=elsewhere") == every - test
+
+
+def test_the_same_labels_under_two_names_are_refused(packed: Path, tmp_path: Path) -> None:
+    named = ["method.name=uda", "method.num_classes=4", f"data.labelled={packed.parent}/./{packed.name}"]
+    with pytest.raises(ConfigError, match=r"eval\.source.*is data\.labelled under another name"):
+        job.prepare(runs.tiny(packed, tmp_path, *named, f"eval.source={packed}/."), 1)
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("data.num_labelled=97", "data.num_labelled=97 is more than the 96 labels of data.source"),
+        ("data.num_labelled=97", r"data.num_labelled=97 is more than the \d\d labels of data.source \(a fifth is held"),
         ("data.num_labelled=4", "data.labelled_batch=8 is more than the 4 labels"),
     ],
 )

@@ -1,0 +1,104 @@
+"""What a task needs of a run and its labels, told before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from distssl import config, method
+from distssl.config import Run
+from distssl.data.shards import Dataset
+from distssl.downstream import fit, labels
+from distssl.downstream.depth import Depth
+from distssl.downstream.finetune import Finetune
+from distssl.downstream.keypoints import Keypoints
+from distssl.downstream.labels import Labelled
+from distssl.downstream.rows import BACKBONES
+from distssl.downstream.segment import Segment
+from distssl.downstream.task import Facts, Network
+from distssl.errors import ConfigError
+
+UNSEEN = "masks that the method does not learn from"
+WITH_FEW_LABELS = ("knn", "linear", "finetune")  # tasks evaluated for each of eval.labels
+
+
+def network(task: str) -> type[Network]:
+    """The network of one of config.FITTED_TASKS."""
+    if task == "detect":  # torchvision's detectors take seconds to import
+        from distssl.downstream.detect import Detect
+
+        return Detect
+    return {"finetune": Finetune, "segment": Segment, "depth": Depth, "keypoints": Keypoints}[task]
+
+
+def kind(task: str) -> str:
+    """The kind of labels a task learns from."""
+    return labels.LABEL if task in config.FROZEN_TASKS else network(task).kind
+
+
+def check(task: str, run: Run, data: Labelled) -> Facts | None:
+    """What a network trained for the task must know of the labels; None of a task that trains none.
+
+    Raises ConfigError where the labels are wrong.
+    """
+    if task not in config.FITTED_TASKS:
+        return None
+    chosen = network(task)
+    facts = chosen.facts_of(data, run.eval.num_classes)
+    for dataset, ids in data.parts:
+        chosen.annotations(dataset, ids)
+    return facts
+
+
+def labelled(run: Run, train: Dataset, test: Dataset | None, kind: str) -> Labelled:
+    """The labels of a kind that a run is judged by. Raises ConfigError without such, or with learnt ones."""
+    if _has_learnt(run, kind):
+        raise ConfigError(f"eval.test_source: {UNSEEN} are right")
+    return labels.find(train, test, kind, name(run), "eval.source" if run.eval.source else "data.source")
+
+
+def name(run: Run) -> str:
+    """Of the labelled images, in tables."""
+    return config.plain_name(run.eval.source or run.data.source)
+
+
+def batches(run: Run, tasks: Sequence[str]) -> set[int]:
+    """Images a step of the networks that an evaluation on tasks trains, where there are labels enough."""
+    fitted = _fitted(run.eval.backbones or BACKBONES, tasks)
+    return {network(task).recipe.asked(run.eval.fit).batch for task in fitted}
+
+
+def check_batches(run: Run, train: Dataset, test: Dataset | None, world_size: int) -> None:
+    """Raises ConfigError where the workers cannot share the batches of the networks that the end of a run trains."""
+    for task in _fitted(run.eval.backbones or (), run.eval.tasks):
+        if run.eval.source or labels.has(train, kind(task)):
+            data, recipe = labelled(run, train, test, kind(task)), network(task).recipe.asked(run.eval.fit)
+            for how_many in run.eval.labels if task in WITH_FEW_LABELS else (None,):
+                fit.batch_of(recipe, len(few(data, kind(task), how_many, 0)), world_size)
+
+
+def _fitted(backbones: Sequence[str], tasks: Sequence[str]) -> set[str]:
+    """The tasks that networks are trained for; features of a supervised backbone are of one that was."""
+    supervised = {"finetune"} if "supervised" in backbones else set()
+    return supervised.union(tasks).intersection(config.FITTED_TASKS)
+
+
+def missing(run: Run, sets: Sequence[Dataset], kind: str) -> str | None:
+    """What would be right where there are no labels of a kind, to train and to test on."""
+    if not all(labels.has(each, kind) for each in sets):
+        return labels.WHERE[kind]
+    return UNSEEN if _has_learnt(run, kind) else None
+
+
+def _has_learnt(run: Run, kind: str) -> bool:
+    """Whether the method has learnt from all labels of this kind, those too that are held out of them for the test."""
+    chosen = method.find(run.method.name)
+    same = run.eval.test_source is None and run.eval.source in (None, run.data.source)
+    return same and kind == "mask" and chosen.reads_masks(chosen.Config(**run.method.options))
+
+
+def few(data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:
+    """The training ids that a value of eval.labels chooses; as `labels.few`."""
+    classes = data.train.rows(data.train_ids).label if kind == labels.LABEL else np.zeros(len(data.train_ids))
+    return labels.few(data.train_ids, classes, how_many, seed)
