@@ -136,7 +136,7 @@ def compare(
     """Compare runs: a table here, report.html, and one TensorBoard with all of them."""
     import webbrowser
 
-    from distssl import board, page, run_folder
+    from distssl import board, page, run_folder, terminal
     from distssl import compare as comparing
     from distssl import sweep as sweeps
 
@@ -149,7 +149,7 @@ def compare(
     with atomic.locked(out):
         page.write(comparison, out / "report.html", shlex.join(["python", "launch.py", *sys.argv[1:]]))
         board.write(comparison, out / "tensorboard")
-    comparing.show(comparison, console)
+    terminal.show(comparison, console)
     console.print(f"report:      {out / 'report.html'}", soft_wrap=True, markup=False)
     tensorboard = [Path(sys.executable).parent / "tensorboard", "--logdir", out / "tensorboard"]
     console.print(f"TensorBoard: {shlex.join(map(str, tensorboard))}", soft_wrap=True, markup=False)

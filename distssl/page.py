@@ -146,19 +146,17 @@ def _settings(comparison: Comparison) -> list[str]:
 def _label_charts(comparison: Comparison) -> list[str]:
     """One for each data, task and metric that was evaluated at several numbers of labels."""
     charts = []
-    for (data, task, metric), group in itertools.groupby(comparison.columns, key=lambda column: column.names):
-        columns = list(group)
+    for (data, task, metric), columns in comparison.by_labels():
         scale = 1 if metric in LOWER_IS_BETTER else 100
         series = [
             Series(line.name, _points(line, columns, scale), *_look(comparison, line))
             for line in comparison.lines
             if any(column in line.cells for column in columns)
         ]
-        if len(columns) > 1:
-            title = f"{data} {task}: {metric} against labels"
-            unit = "" if scale == 1 else ", %"
-            drawn = svg.chart(title, "labels (log scale)", f"{metric}{unit}", series, log_x=True)
-            charts.append(_figure(f"{data} {task}".strip(), drawn))
+        title = f"{data} {task}: {metric} against labels"
+        unit = "" if scale == 1 else ", %"
+        drawn = svg.chart(title, "labels (log scale)", f"{metric}{unit}", series, log_x=True)
+        charts.append(_figure(f"{data} {task}".strip(), drawn))
     note = "Bars are 95 % intervals over seeds. “all” stands past the scale."
     return ["<h2>Label efficiency</h2>", f'<p class="soft">{note}</p>', _cards(charts)] if charts else []
 

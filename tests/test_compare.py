@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from distssl import board, compare, config, monitor, svg
+from distssl import board, compare, config, monitor, svg, terminal
 from distssl.compare import Column
 from distssl.config import Run
 from distssl.downstream import rows
@@ -163,12 +163,29 @@ def test_a_table_too_wide_is_cut_by_task(tmp_path: Path) -> None:
     found = compare.collect([run_folder(tmp_path / "alpha", wide)])
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with closing(console.file):
-        compare.show(found, console)
+        terminal.show(found, console)
     said = console.export_text()
     assert [task for task in tasks if f"photos {task}: best in bold" in said] == list(tasks)
     assert "…" not in said
     assert max(len(line) for line in said.splitlines() if line.startswith("│")) <= 80
-    assert said.count("60.0 ±24.8") == 15  # t = 4.303 with two degrees, s = 0.1: 4.303 * 0.1 / sqrt(3)
+    assert said.count("60.0 ±24.8") == 15 + 6  # in the table, and both ends of three curves over labels
+    # t = 4.303 with two degrees, s = 0.1: 4.303 * 0.1 / sqrt(3)
+
+
+def test_figures_over_numbers_of_labels_have_one_scale(tmp_path: Path) -> None:
+    figures = {"pretrained": (0.30, 0.65, 1.0), "random": (0.30, 0.30, 0.40), "supervised": (0.3, 0.4)}
+    labels = (10, 100, None)
+    rows = [
+        Row(backbone, "linear", number, "accuracy", (value,), "photos")
+        for backbone, values in figures.items()
+        for number, value in zip(labels, values, strict=False)
+    ]
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with closing(console.file):
+        terminal.show(compare.collect([run_folder(tmp_path / "alpha", rows)]), console)
+    said = console.export_text().partition("over numbers of labels")[2].partition("training")[0]
+    found = re.findall(r"photos linear accuracy │ (\w+) +│ 10, 100, all │ (\S+) +│ +(\S+) │ +(\S+) │", said)
+    assert found == [("alpha", "▁▅█", "30.0", "100.0"), ("random", "▁▁▂", "30.0", "40.0")]  # none is half a curve
 
 
 def test_what_is_no_run_and_runs_without_figures_are_told(tmp_path: Path) -> None:
@@ -365,6 +382,6 @@ def loaded(url: str) -> bool:
 
 
 def test_a_line_of_blocks_follows_the_curve() -> None:
-    assert compare.bars([0, 7, 3.5]) == "▁█▅"[:2] + compare.BARS[round(3.5)]
-    assert compare.bars([1.0, math.nan, 2.0]) == "▁?█"
-    assert len(compare.bars(list(range(1000)))) == compare.NUM_BARS
+    assert terminal.bars([0, 7, 3.5]) == "▁█▅"[:2] + terminal.BARS[round(3.5)]
+    assert terminal.bars([1.0, math.nan, 2.0]) == "▁?█"
+    assert len(terminal.bars(list(range(1000)))) == terminal.NUM_BARS

@@ -41,7 +41,7 @@ LEVELS = [
     ["sweep", "model_card", "export"],
     ["progress", "report", "svg"],
     ["compare", "forecast"],
-    ["page", "board"],
+    ["page", "board", "terminal"],
     ["on_ray"],
 ]
 DATA = [
