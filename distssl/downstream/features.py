@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +141,10 @@ def _in_memory(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extra
 def _write(
     backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, folder: Path
 ) -> None:
-    """Each rank its rows; features.json is written last."""
+    """Each rank its rows; features.json is written last.
+
+    Not through a mapping: of a file that hosts share it writes whole pages back, over what others wrote into them.
+    """
     shape = len(ids), backbone.num_features
     if context.first_of_node:
         atomic.require_free(folder, shape[0] * shape[1] * 4)
@@ -148,15 +152,14 @@ def _write(
             (folder / name).unlink(missing_ok=True)
         np.lib.format.open_memmap(folder / ROWS, "w+", np.float32, shape)
     collectives.barrier()
-    x = np.lib.format.open_memmap(folder / ROWS, "r+")
     done = [np.empty(0, np.int64)]
-    for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
-        done.append(batch["id"].cpu().numpy())
-        x[np.searchsorted(ids, done[-1])] = features.float().cpu().numpy()
-    mine = np.concatenate(done)
-    if not context.shares_run_dir:
-        _exchange(x, np.searchsorted(ids, mine), context)
-    x.flush()
+    with _Rows(folder / ROWS) as rows:
+        for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
+            done.append(batch["id"].cpu().numpy())
+            rows.put(np.searchsorted(ids, done[-1]), features.float().cpu().numpy())
+        mine = np.concatenate(done)
+        if not context.shares_run_dir:
+            _exchange(rows, np.searchsorted(ids, mine), context)
     usable = np.concatenate(collectives.gather_objects(mine))
     if context.first_of_node:
         with atomic.replacing(folder / META) as file:
@@ -164,16 +167,41 @@ def _write(
     collectives.barrier()
 
 
-def _exchange(x: np.ndarray, mine: np.ndarray, context: Context) -> None:
-    """Give the rows of `x` at `mine` (int64 [n]) to the files of the other nodes, BLOCK rows of all ranks at a time."""
+class _Rows:
+    """The rows of an npy file that is there, float32 [N, D]. Leaving it brings what was put to the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> _Rows:
+        self.file = open(self.path, "r+b", buffering=0)
+        self.x = np.load(self.path, mmap_mode="r")
+        return self
+
+    def put(self, at: np.ndarray, rows: np.ndarray) -> None:
+        """Write rows, float32 [n, D], to the places `at`, int64 [n]."""
+        for place, row in zip(at.tolist(), rows, strict=True):
+            data, start = row.tobytes(), self.x.offset + place * self.x.strides[0]
+            written = 0
+            with atomic.full_disk_named(self.path):
+                while written < len(data):
+                    written += os.pwrite(self.file.fileno(), data[written:], start + written)
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.file, atomic.full_disk_named(self.path):
+            os.fsync(self.file.fileno())
+
+
+def _exchange(rows: _Rows, mine: np.ndarray, context: Context) -> None:
+    """Give the rows at `mine` (int64 [n]) to the files of the other nodes, BLOCK rows of all ranks at a time."""
     size = max(1, BLOCK // context.world_size)
     longest = max(collectives.gather_objects(len(mine)))
     for first in range(0, longest, size):
         at = mine[first : first + size]
-        rows = per_sample.of_all(torch.from_numpy(x[at]).to(context.device)).cpu().numpy()
+        x = per_sample.of_all(torch.from_numpy(rows.x[at]).to(context.device)).cpu().numpy()
         where = per_sample.of_all(torch.from_numpy(at).to(context.device)).cpu().numpy()
         if context.first_of_node:
-            x[where] = rows
+            rows.put(where, x)
 
 
 def _free_memory() -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +96,36 @@ def test_features_are_made_once_for_a_checkpoint_and_a_dataset(
         for changed in ((backbone, ids), (method.build(run).evaluated(), ids[:-1])):
             with pytest.raises(TypeError):
                 features.extract(changed[0], dataset, changed[1], how, context, tmp_path / "cache")
+
+
+def test_rows_of_features_are_written_without_a_mapping_and_are_on_the_disk(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared file system takes a mapping's pages back whole: another host's row in a page would be lost."""
+    run, whole = runs.tiny(packed, tmp_path), features.share
+    written: list[str] = []
+    synced: list[int] = []
+
+    def watched(*args: Any) -> Iterator[Any]:
+        for found in whole(*args):
+            yield found
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            written.extend(line for line in maps if line.endswith(features.ROWS) and "w" in line.split()[1])
+
+    def fsync(file: int) -> None:
+        if os.path.samestat(os.fstat(file), next(tmp_path.glob(f"cache/*/{features.ROWS}")).stat()):
+            assert not list(tmp_path.glob(f"cache/*/{features.META}"))  # which says that the rows are there
+            synced.append(file)
+
+    monkeypatch.setattr(features, "BATCH_SIZE", 8)
+    monkeypatch.setattr(features, "share", watched)
+    monkeypatch.setattr(os, "fsync", fsync)
+    dataset, backbone = Dataset.open(packed), method.build(run).evaluated()
+    with Context(tmp_path) as context:
+        how = features.Extraction.of_run(run, context.device)
+        features.extract(backbone, dataset, dataset.ids_with("label"), how, context, tmp_path / "cache")
+    assert not written
+    assert len(synced) == 1
 
 
 def test_features_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
