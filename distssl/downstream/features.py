@@ -24,7 +24,7 @@ from torch import Tensor
 from distssl import atomic, collectives, method, weights
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import augment
+from distssl.data import augment, quarantine
 from distssl.data.graph import Views
 from distssl.data.loader import Loader, Request
 from distssl.data.quarantine import Quarantine
@@ -92,6 +92,7 @@ class Extraction:
     threads: int
     max_pixels: int
     dtype: torch.dtype
+    max_bad_fraction: float = 0.05  # of the images; more is a RunError
 
     @classmethod
     def of_run(cls, run: Run, device: torch.device) -> Extraction:
@@ -103,6 +104,7 @@ class Extraction:
             threads=run.machine.threads,
             max_pixels=run.data.max_pixels,
             dtype=precision.resolve(run.train.precision, device),
+            max_bad_fraction=run.data.max_bad_fraction,
         )
 
 
@@ -112,7 +114,8 @@ def extract(
     """The features of ids (int64 [N], ascending). Every rank calls it.
 
     cache: the folder that keeps them; without one every rank holds all of them. Samples that cannot be decoded are
-    named in the log and left out.
+    named in the log and left out. Raises RunError where they are too many, or where `cache` would lack some for good
+    because a tar cannot be read.
     """
     backbone.to(context.device, precision.parameter_dtype(how.dtype)).eval()
     if cache is None:
@@ -130,9 +133,11 @@ def extract(
 
 def _in_memory(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context) -> Features:
     done, x = [np.empty(0, np.int64)], [np.empty((0, backbone.num_features), np.float32)]
-    for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
+    bad = Quarantine(str(dataset.folder))
+    for batch, features in share(backbone, dataset, ids, how, context, bad):
         done.append(batch["id"].cpu().numpy())
         x.append(features.float().cpu().numpy())
+    _require_most(bad, dataset, ids, how)
     parts = collectives.gather_objects((np.concatenate(done), np.concatenate(x)))
     all_ids, all_x = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     return Features(all_ids, dataset.rows(all_ids).label.astype(np.int64), all_x, np.arange(len(all_ids)))
@@ -153,18 +158,27 @@ def _write(
         np.lib.format.open_memmap(folder / ROWS, "w+", np.float32, shape)
     collectives.barrier()
     done = [np.empty(0, np.int64)]
+    bad = Quarantine(str(dataset.folder), lasting=True)
     with _Rows(folder / ROWS) as rows:
-        for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
+        for batch, features in share(backbone, dataset, ids, how, context, bad):
             done.append(batch["id"].cpu().numpy())
             rows.put(np.searchsorted(ids, done[-1]), features.float().cpu().numpy())
         mine = np.concatenate(done)
         if not context.shares_run_dir:
             _exchange(rows, np.searchsorted(ids, mine), context)
+    _require_most(bad, dataset, ids, how)
     usable = np.concatenate(collectives.gather_objects(mine))
     if context.first_of_node:
         with atomic.replacing(folder / META) as file:
             file.write_text(json.dumps({"ids": usable.tolist()}))
     collectives.barrier()
+
+
+def _require_most(bad: Quarantine, dataset: Dataset, ids: np.ndarray, how: Extraction) -> None:
+    """Raises RunError where too many of the ids were bad, on whichever ranks. Every rank calls it."""
+    for found in collectives.gather_objects(list(bad.entries.values())):
+        bad.merge(found)
+    quarantine.check_share(bad, len(ids), dataset.num_samples, how.max_bad_fraction, named_by="the log")
 
 
 class _Rows:

@@ -151,7 +151,7 @@ class Fitting:
             threads=self.how.threads,
             device=self.context.device,
             max_pixels=self.how.max_pixels,
-            quarantine=Quarantine(),
+            quarantine=Quarantine(lasting=True),
             target=self.network.target,
         )
         return loader.batches(LabelledStream(order, ids).requests(self.step, self.recipe.steps, self.context))
@@ -159,7 +159,7 @@ class Fitting:
     def _test_batches(self, ids: np.ndarray) -> Iterator[dict[str, Tensor]]:
         views = functools.partial(type(self.network).test_views, self.recipe)
         found = features.batches(
-            self.job.test, ids, views, self.how, self.context, Quarantine(),
+            self.job.test, ids, views, self.how, self.context, Quarantine(lasting=True),
             batch_size=TEST_BATCH, target=self.network.target,
         )  # fmt: skip
         return map(self._moved, found)

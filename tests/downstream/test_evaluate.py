@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from PIL import Image
 from distssl import job, method, run_folder
 from distssl.config import Run
 from distssl.context import Context
+from distssl.data import store
 from distssl.data.shards import Dataset
 from distssl.downstream import classify, features, pictures
 from distssl.downstream.evaluate import Evaluation
 from distssl.downstream.rows import Row, read_summary
-from tests import runs
+from distssl.errors import RunError
+from tests import planted, runs
 
 FIT = ["eval.fit.steps=3", "eval.fit.batch=8", "eval.num_seeds=2", 'eval.labels=["3/class", null]']
 CLASSIFYING = ("knn", "linear", "retrieval", "cluster", "finetune")
@@ -96,6 +100,44 @@ def test_features_are_made_once_for_a_checkpoint_and_a_dataset(
         for changed in ((backbone, ids), (method.build(run).evaluated(), ids[:-1])):
             with pytest.raises(TypeError):
                 features.extract(changed[0], dataset, changed[1], how, context, tmp_path / "cache")
+
+
+def test_features_are_not_kept_while_a_tar_cannot_be_read(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.tiny(packed, tmp_path)
+    dataset, backbone, read = Dataset.open(packed), method.build(run).evaluated(), store.LocalStore.read
+    ids, how = dataset.ids_with("label"), features.Extraction.of_run(run, torch.device("cpu"))
+
+    def stale(self: store.LocalStore, shard: int, offset: int, size: int) -> bytes:
+        if offset == dataset.rows(ids[:1]).offset[0]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, shard, offset, size)
+
+    with Context(tmp_path) as context:
+        with monkeypatch.context() as broken:
+            broken.setattr(store.LocalStore, "read", stale)
+            with pytest.raises(RunError, match=r"\.tar: cannot be read: .*Stale file handle"):
+                features.extract(backbone, dataset, ids, how, context, tmp_path / "cache")
+        found = features.extract(backbone, dataset, ids, how, context, tmp_path / "cache")
+    assert np.array_equal(found.ids, ids)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_of_too_few_images_are_refused(tmp_path: Path, kept: bool) -> None:
+    dataset = Dataset.open(runs.packed(tmp_path, num=40))
+    for sample in range(4):
+        planted.overwrite(dataset, sample, bytes(dataset.rows(np.array([sample])).size[0]))
+    cache, ids = tmp_path / "cache" if kept else None, dataset.ids_with("label")
+    run = runs.tiny(tmp_path / "packed", tmp_path, "data.max_bad_fraction=0.1")
+    backbone, how = method.build(run).evaluated(), features.Extraction.of_run(run, torch.device("cpu"))
+    with Context(tmp_path) as context:
+        told = (
+            r"^4 of the 40 samples of .*packed seen are bad, more than data\.max_bad_fraction=0\.09; the log names them"
+        )
+        with pytest.raises(RunError, match=told):
+            features.extract(backbone, dataset, ids, replace(how, max_bad_fraction=0.09), context, cache)
+        assert len(features.extract(backbone, dataset, ids, how, context, cache)) == 36
 
 
 def test_rows_of_features_are_written_without_a_mapping_and_are_on_the_disk(
