@@ -260,7 +260,7 @@ class Evaluation:
         ids = self._few(data, kind(task), how_many, seed)
         facts = [task, name, seed, recipe, data.train.fingerprint, data.test.fingerprint, self.cfg.num_classes]
         facts += [ids.tolist(), data.test_ids.tolist(), weights.digest(start.state_dict())]
-        facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels]
+        facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels, self.how.network]
         digest = hashlib.sha256(json.dumps(facts, default=dataclasses.asdict).encode()).hexdigest()[:12]
         title = f"{task} on {len(ids)} of {self.name}, {name} backbone, seed {seed}"
         folder = self.context.run_dir / FITS / f"{task}_{self.name}_{name}_{len(ids)}_seed{seed}_{digest}"

@@ -2,8 +2,8 @@
 
 No rank holds all of them: each embeds its share, in batches that are the same at any number of ranks, and writes its
 rows into one file in the run folder, which all of them read by blocks. Ranks that do not see the same run folder have a
-file on each node, and give the others their rows. The file is named by what it is a function of (parameters, dataset,
-ids, crop), so it is made once.
+file on each node, and give the others their rows. The file is named by what it is a function of (network, parameters,
+dataset, ids, crop), so it is made once.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Extraction:
     max_pixels: int
     dtype: torch.dtype
     max_bad_fraction: float = 0.05  # of the images; more is a RunError
+    network: str = ""  # what the backbone is beside its parameters: strides, for example
 
     @classmethod
     def of_run(cls, run: Run, device: torch.device) -> Extraction:
@@ -105,6 +106,7 @@ class Extraction:
             max_pixels=run.data.max_pixels,
             dtype=precision.resolve(run.train.precision, device),
             max_bad_fraction=run.data.max_bad_fraction,
+            network=run.model.untrained.model_dump_json(),
         )
 
 
@@ -227,7 +229,7 @@ def _free_memory() -> int:
 def _fingerprint(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction) -> str:
     digest = hashlib.sha256(f"{dataset.fingerprint} {how.size_px} {how.crop} {how.dtype} {how.max_pixels}".encode())
     digest.update(np.ascontiguousarray(ids).tobytes())
-    digest.update(weights.digest(backbone.state_dict()).encode())
+    digest.update(f"{weights.digest(backbone.state_dict())} {how.network}".encode())
     return digest.hexdigest()[:16]
 
 

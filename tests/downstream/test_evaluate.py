@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distssl import job, method, run_folder
+from distssl import job, method, run_folder, weights
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import store
@@ -100,6 +100,21 @@ def test_features_are_made_once_for_a_checkpoint_and_a_dataset(
         for changed in ((backbone, ids), (method.build(run).evaluated(), ids[:-1])):
             with pytest.raises(TypeError):
                 features.extract(changed[0], dataset, changed[1], how, context, tmp_path / "cache")
+
+
+def test_networks_of_the_same_weights_have_features_and_fits_of_their_own(packed: Path, tmp_path: Path) -> None:
+    """A stem of another stride has the same parameters and buffers, and gives other features."""
+    found, fits = [], set()
+    for stem in ("3x3_s2", "3x3_s1"):
+        run = runs.tiny(packed, tmp_path, f"model.stem={stem}")
+        with Context(tmp_path) as context:
+            judge = Evaluation(run, context, Dataset.open(packed), None)
+            found.append((weights.digest(judge.backbone("random").state_dict()), judge._features("random")[0].all()))
+            fits.add(judge._job("finetune", "random", None, 0)[0].folder)
+    (first, ours), (second, theirs) = found
+    assert first == second
+    assert not np.allclose(ours, theirs)
+    assert len(fits) == 2
 
 
 def test_features_are_not_kept_while_a_tar_cannot_be_read(
