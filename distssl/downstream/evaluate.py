@@ -240,7 +240,9 @@ class Evaluation:
                 found = fitting.score()
                 if seed == 0 and self.context.rank == 0:
                     pictures.of_network(self.context, fitting, task, name, self.name)
-                fit.finish(job.folder, found, self.context)
+                of_all = len(job.train_ids) == len(self.labelled(kind(task)).train_ids)
+                is_supervised = (task, name, seed) == ("finetune", "supervised", 0) and of_all  # of `_supervised`
+                fit.finish(job.folder, found, self.context, keeps_network=is_supervised)
             elif report:
                 fit.repeat_reports(job.folder, report)
         return found

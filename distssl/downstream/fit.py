@@ -214,8 +214,8 @@ def repeat_reports(folder: Path, report: Report, last: int | None = None, after:
             report(row.pop("step"), row.pop("steps"), row)
 
 
-def finish(folder: Path, metrics: dict[str, float], context: Context) -> None:
-    """Keep the metrics of a finished job."""
+def finish(folder: Path, metrics: dict[str, float], context: Context, *, keeps_network: bool) -> None:
+    """Keep the metrics of a finished job, and its checkpoint where that is read again. Every rank calls it."""
     if context.rank == 0:
         with atomic.replacing(folder / RESULT) as file:
             file.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -227,3 +227,5 @@ def finish(folder: Path, metrics: dict[str, float], context: Context) -> None:
 def _of(known: dict[int, Any], views: dict[str, Tensor]) -> list[Any]:
     """What is known of a batch's images."""
     return [known[sample] for sample in views["id"].tolist()] if known else []
+    if not keeps_network:
+        mirrored.remove_all(context, folder)
