@@ -210,7 +210,7 @@ def result(folder: Path, context: Context) -> dict[str, float] | None:
 def repeat_reports(folder: Path, report: Report, last: int | None = None, after: int = 0) -> None:
     """Report what a job has reported before, after a step and up to another. Every rank calls it."""
     for row in collectives.broadcast_object(monitor.read_jsonl(folder / REPORTS)):
-        if after < row["step"] <= (last or row["steps"]):
+        if after < row["step"] <= (row["steps"] if last is None else last):
             report(row.pop("step"), row.pop("steps"), row)
 
 
