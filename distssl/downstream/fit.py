@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from distssl import atomic, collectives, mirrored, monitor
@@ -66,6 +67,9 @@ class Fitting:
         self.job, self.how, self.context, self.recipe = job, how, context, network.how
         self.network = norm.placed(network, context.device, how.dtype)
         self.network.seed = job.seed
+        if self._batch == 1:
+            for part in (module for module in self.network.modules() if isinstance(module, _BatchNorm)):
+                part.register_forward_pre_hook(self._require_variance)
         self.known = network.annotations(job.train, job.train_ids)
         self.optimizer = optim.build(
             self.network, rate=network.rate, name="adamw", lr=self.recipe.lr, weight_decay=self.recipe.weight_decay
@@ -129,11 +133,15 @@ class Fitting:
         """`annotations` of the test images; of this rank alone, no collective."""
         return self.network.annotations(self.job.test, self.job.test_ids)
 
+    @property
+    def _batch(self) -> int:
+        """Images a step; of fewer labels than the recipe's a power of two, which most numbers of workers fit."""
+        num = len(self.job.train_ids)
+        return self.recipe.batch if self.recipe.batch <= num else 1 << (num.bit_length() - 1)
+
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         ids = self.job.train_ids
-        batch = self.recipe.batch
-        if batch > len(ids):
-            batch = 1 << (len(ids).bit_length() - 1)  # a power of two: most numbers of workers fit
+        batch = self._batch
         if batch % self.context.world_size:
             fits = [num for num in range(1, batch + 1) if batch % num == 0]
             raise ConfigError(
@@ -179,6 +187,14 @@ class Fitting:
         self.step += 1
         return loss.detach()
 
+    def _require_variance(self, norm: _BatchNorm, x: tuple[Tensor]) -> None:
+        if norm.training and x[0].numel() == x[0].shape[1]:
+            raise ConfigError(
+                f"eval.fit.batch={self.recipe.batch}, for {len(self.job.train_ids)} labels: BatchNorm cannot learn by "
+                "one image a step whose map has one place; at least 2 labels and eval.fit.batch=2, or more than "
+                f"eval.fit.size_px={self.recipe.size_px}, are right"
+            )
+
     def _moved(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         views = {name: view.to(self.context.device) for name, view in views.items()}
         return views | {"image": views["image"].to(precision.parameter_dtype(self.how.dtype))}
@@ -221,11 +237,11 @@ def finish(folder: Path, metrics: dict[str, float], context: Context, *, keeps_n
             file.write_text(json.dumps(metrics, indent=1) + "\n")
         if context.mirror:
             context.mirror.push(context.mirror.name(folder))
+    if not keeps_network:
+        mirrored.remove_all(context, folder)
     collectives.barrier()
 
 
 def _of(known: dict[int, Any], views: dict[str, Tensor]) -> list[Any]:
     """What is known of a batch's images."""
     return [known[sample] for sample in views["id"].tolist()] if known else []
-    if not keeps_network:
-        mirrored.remove_all(context, folder)
