@@ -56,13 +56,17 @@ def has(dataset: Dataset, kind: str) -> bool:
 def find(train: Dataset, test: Dataset | None, kind: str, name: str, key: str = "eval.source") -> Labelled:
     """Without a test set of its own a fifth of the training set's labels is held out.
 
-    key: of the training set. Raises ConfigError where there are no labels of this kind, or not the same classes.
+    key: of the training set. A test set's classes are the training set's by name, and get its numbers; some may be
+    missing. Raises ConfigError where it has others, or where there are no labels of this kind.
     """
     if test is not None and kind == LABEL and test.classes != train.classes:
-        raise ConfigError(
-            f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
-            f"{_some(train.classes)}; the same names in the same order are right"
-        )
+        others = sorted(set(test.classes) - set(train.classes))
+        if others:
+            raise ConfigError(
+                f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
+                f"{_some(train.classes)}; names of these are right, {others[0]} is none"
+            )
+        test = test.numbered_as(train.classes)
     ids = train.ids_with(kind)
     train_ids, test_ids = split(ids) if test is None else (ids, test.ids_with(kind))
     if not len(train_ids) or not len(test_ids):

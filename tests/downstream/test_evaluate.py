@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from distssl import job, method, run_folder, weights
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import store
+from distssl.data import shards, store
 from distssl.data.shards import Dataset
 from distssl.downstream import classify, features, pictures
 from distssl.downstream.evaluate import Evaluation
@@ -115,6 +116,33 @@ def test_networks_of_the_same_weights_have_features_and_fits_of_their_own(packed
     assert first == second
     assert not np.allclose(ours, theirs)
     assert len(fits) == 2
+
+
+def test_all_tasks_take_test_images_of_some_classes_for_what_their_names_say(packed: Path, tmp_path: Path) -> None:
+    """Of two of four classes, the training images themselves: each is its own nearest neighbour."""
+    shutil.copytree(packed.parent / "images", tmp_path / "some", ignore=shutil.ignore_patterns("class0", "class2"))
+    some = shards.pack(str(tmp_path / "some"), tmp_path / "some-packed")
+    run = runs.tiny(packed, tmp_path, *FIT, "eval.neighbours=1", f"eval.test_source={some}", "train.precision=float32")
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, Dataset.open(packed), Dataset.open(some))
+        assert judge.figure("knn", "random", None, 0) == {"accuracy": 1.0}
+        assert judge.online(judge.backbone("random")) == {"knn": 1.0}
+        assert judge.figure("retrieval", "random", None, 0)["recall_at_1"] == 1.0
+        assert judge.figure("linear", "random", None, 0)["accuracy"] > 0.8
+        assert 0.5 <= judge.figure("cluster", "random", None, 0)["accuracy"] <= 1
+        fitting = judge._fitting("finetune", "random", *judge._job("finetune", "random", None, 0))
+        known = {
+            int(i): int(label)
+            for b in fitting._test_batches(fitting.job.test_ids)
+            for i, label in zip(b["id"], b["label"], strict=True)
+        }
+        keys = Dataset.open(some).keys(np.array(list(known)))
+        assert [f"class{label}" for label in known.values()] == [key.partition("/")[0] for key in keys]
+        assert set(known.values()) == {1, 3}
+        judge.trained = method.build(run)
+        judge._draw("pretrained", clusters=False)
+        kept = np.load(tmp_path / pictures.FOLDER / pictures.PROJECTOR)
+        assert {str(kept["classes"][label]) for label in kept["labels"]} == {"class1", "class3"}
 
 
 def test_features_are_not_kept_while_a_tar_cannot_be_read(
