@@ -31,6 +31,7 @@ from distssl.downstream.labels import Labelled
 from distssl.downstream.rows import BACKBONES, Row
 from distssl.downstream.segment import Segment
 from distssl.downstream.task import Facts, Network, Recipe
+from distssl.errors import ConfigError
 from distssl.nn.backbones import Backbone
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,18 @@ def check(task: str, data: Labelled, num_classes: int | None) -> Facts | None:
 
 
 def labelled(run: Run, train: Dataset, test: Dataset | None, kind: str) -> Labelled:
-    """The labels of a kind that a run is judged by. Raises ConfigError where there are none."""
-    return labels.find(train, test, kind, _name(run), "eval.source" if run.eval.source else "data.source")
+    """The labels of a kind that a run is judged by.
+
+    Raises ConfigError where there are none, or where the test images are those to train on: every query of kNN would
+    find itself.
+    """
+    key = "eval.source" if run.eval.source else "data.source"
+    if test is not None and test.fingerprint == train.fingerprint:
+        raise ConfigError(
+            f"eval.test_source={run.eval.test_source}: has the images of {key}; leave it out, and a fifth of those is "
+            "held out for the test, or name others"
+        )
+    return labels.find(train, test, kind, _name(run), key)
 
 
 def _name(run: Run) -> str:
