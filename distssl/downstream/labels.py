@@ -194,10 +194,10 @@ def num_classes(data: Labelled, kind: str, asked: int | None) -> int:
     largest_in = _largest_in_mask if kind == "mask" else _largest_in_boxes
     most = 0
     for dataset, ids in data.parts:
-        found = [largest_in(given) if given else 0 for given in annotations.read(dataset, ids, kind)]
-        most = max(most, 1 + max(found))
+        found = np.array([largest_in(given) if given else 0 for given in annotations.each(dataset, ids, kind)])
+        most = max(most, 1 + int(found.max()))
         if asked is not None and most > asked:
-            key = dataset.keys(ids[np.argmax(found), None])[0]
+            key = dataset.keys(ids[found.argmax(), None])[0]
             raise ConfigError(
                 f"eval.num_classes={asked}: {dataset.folder}: {key}: has class {most - 1} in its {kind}; classes below "
                 f"{asked} (255 is none), or at least eval.num_classes={most}, are right"
@@ -207,7 +207,7 @@ def num_classes(data: Labelled, kind: str, asked: int | None) -> int:
 
 def mean_log_depth(dataset: Dataset, ids: np.ndarray) -> float:
     """The mean of the log of metres over the pixels whose depth is known, in MOST_MEASURED of the images."""
-    logs = [_log_depths(data) for data in annotations.read(dataset, subset(ids, MOST_MEASURED, 0), "depth") if data]
+    logs = [_log_depths(data) for data in annotations.each(dataset, subset(ids, MOST_MEASURED, 0), "depth") if data]
     known = np.concatenate(logs)
     if not len(known):
         raise ConfigError("eval.source: no pixel of its depth maps has a known depth; millimetres above 0 are right")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distssl.data import shards
+from distssl.data import shards, store
 from distssl.data.shards import Dataset
 from distssl.downstream import labels
 from distssl.errors import ConfigError
-from tests import planted
+from tests import annotated, planted
 
 
 def dataset(folder: Path, files: dict[str, bytes]) -> Dataset:
@@ -147,3 +147,22 @@ def test_numbered_test_images_without_the_highest_class_are_right(tmp_path: Path
     found = labels.find(numbered("train", 0, 3, 1, 2), numbered("test", 0, 2, 1), labels.LABEL, "numbers")
     assert found.test.rows(np.arange(4)).label.tolist() == [0, 2, 1, -1]
     assert found.test_ids.tolist() == [0, 1, 2]
+
+
+def test_masks_are_read_one_at_a_time_for_their_largest_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Dataset.open(shards.pack(str(annotated.images(tmp_path / "marked", 9)), tmp_path / "packed"))
+    data, read, seen = labels.find(found, None, "mask", "marked"), store.LocalStore.read, [0, 0]
+
+    def counted(self: store.LocalStore, shard: int, offset: int, size: int) -> bytes:
+        seen[0] += 1
+        return read(self, shard, offset, size)
+
+    def largest(mask: bytes) -> int:
+        seen[1] += 1
+        assert seen[0] == seen[1]  # the ones before are not held
+        return seen[1]
+
+    monkeypatch.setattr(store.LocalStore, "read", counted)
+    monkeypatch.setattr(labels, "_largest_in_mask", largest)
+    assert labels.num_classes(data, "mask", None) == 9 + 1
+    assert seen == [9, 9]
