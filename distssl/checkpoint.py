@@ -178,7 +178,7 @@ def kept(
     scores: Mapping[int, float | None], keep_last: int, keep_best: str | None, keep_steps: Collection[int]
 ) -> set[int]:
     """Of the steps with these scores those that stay; keep_best: what the scores are."""
-    staying = {*sorted(scores)[-keep_last:], *keep_steps}
+    staying = {*sorted(scores, reverse=True)[:keep_last], *keep_steps}
     scored = {step: score for step, score in sorted(scores.items()) if score is not None}
     if scored:
         best = min if (keep_best or "").rpartition("/")[2] in LOWER_IS_BETTER else max  # simclr/loss: of `combined`

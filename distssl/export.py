@@ -113,8 +113,10 @@ def _compare(backbone: Backbone, exported: Features, images: Tensor) -> tuple[fl
     ours, theirs = (torch.cat([net(part) for part in parts]) for net in (backbone, exported))  # [N, D] each
     if theirs.shape != ours.shape:
         raise RunError(f"the exported network gives features {list(theirs.shape)}, ours {list(ours.shape)}")
-    error = float((ours - theirs).abs().max())
-    return error, error / float(ours.abs().max())
+    error, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+    if not largest:
+        raise RunError(f"every feature of {len(images)} images is 0: the backbone has collapsed, and nothing is proved")
+    return error, error / largest
 
 
 def _state(backbone: Backbone) -> dict[str, Tensor]:

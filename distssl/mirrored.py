@@ -70,6 +70,15 @@ def commit(
     return path
 
 
+def remove_all(context: Context, run_dir: Path) -> None:
+    """Delete the checkpoints of a folder of the run, on every node and at the URL. Every rank calls it."""
+    if context.first_of_node:
+        checkpoint.prune(run_dir, keep_last=0, keep_best=None)
+    if context.mirror and context.rank == 0:
+        with context.mirror.lock:
+            _prune(context.mirror, run_dir, 0, None, ())
+
+
 def add_metrics(run_dir: Path, mirror: Mirror | None, step: int, metrics: Mapping[str, float]) -> None:
     """`checkpoint.add_metrics`, here and at the URL."""
     checkpoint.add_metrics(run_dir, step, metrics)

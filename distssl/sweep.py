@@ -8,6 +8,7 @@ killed is started again from the first trial, and those that are done give their
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -133,6 +134,10 @@ def parse(tree: Mapping[str, Any]) -> Sweep:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(*(settings.explain(Sweep, item) for item in error.errors())) from None
+    others = {str(point["run"]): None for point in corners(sweep) if point.get("run", sweep.runs[0]) not in sweep.runs}
+    if others:
+        nearest = ((place, *difflib.get_close_matches(place, sweep.runs, n=1, cutoff=0)) for place in others)
+        raise ConfigError(*(f"space.run: {place}: is none of runs; nearest: {near}" for place, near in nearest))
     if sweep.metric not in METRICS[sweep.task]:
         raise ConfigError(f"metric={sweep.metric}: {sweep.task} has {', '.join(METRICS[sweep.task])}")
     return sweep

@@ -98,6 +98,19 @@ def test_a_state_that_is_not_ours_is_not_written(packed: Path, tmp_path: Path, m
         export.export(run, run.run_dir, "torchvision")
 
 
+def test_a_backbone_that_gives_zeros_proves_nothing(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(packed, tmp_path, *STANDARD)
+    collapsed, state = run_folder.restored(run, run.run_dir)
+    for parameter in collapsed.parameters():
+        torch.nn.init.zeros_(parameter)
+    monkeypatch.setattr(run_folder, "restored", lambda run, run_dir: (collapsed, state))
+    with pytest.raises(RunError, match="every feature of 32 images is 0: the backbone has collapsed"):
+        export.export(run, run.run_dir, "torchvision")
+    assert list((run.run_dir / "export").glob("*.pt")) == []
+
+
 @pytest.mark.parametrize(
     ("form", "overrides", "told"),
     [

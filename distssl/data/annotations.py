@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,20 +70,24 @@ def blank(kind: str, height: int, width: int) -> bytes:
 
 def read(dataset: Indexed, ids: np.ndarray, kind: str) -> list[bytes | None]:
     """The annotations of int64 ids [N], in their order, None where there is none. Raises RunError for a cut shard."""
+    return list(each(dataset, ids, kind))
+
+
+def each(dataset: Indexed, ids: np.ndarray, kind: str) -> Iterator[bytes | None]:
+    """As `read`, one at a time: all of a large dataset's masks are gigabytes."""
     rows = dataset.rows(ids, (kind,))
     offsets, sizes = rows.annotation_offset[kind].tolist(), rows.annotation_size[kind].tolist()
     opened = store.open_shards(dataset)
     opened.expect(rows.shard.tolist())
-    found: list[bytes | None] = []
     try:
         for shard, offset, size in zip(rows.shard.tolist(), offsets, sizes, strict=True):
             try:
-                found.append(opened.read(shard, offset, size) if size else None)
+                data = opened.read(shard, offset, size) if size else None
             except OSError as error:
                 raise RunError(f"{dataset.shard_paths[shard]}: cannot be read: {error}; index it again") from error
+            yield data
     finally:
         opened.close()
-    return found
 
 
 def _wrong_image(data: images.Encoded, bits: int, height: int, width: int) -> str | None:

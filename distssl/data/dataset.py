@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import hashlib
 import json
@@ -79,6 +80,7 @@ class Dataset:
         self.traffic = fetching.Traffic() if any(map(locations.is_url, self.shard_paths)) else None
         self.shard_bytes = np.array([shard["bytes"] for shard in shards], np.int64)
         self.shard_first = np.concatenate([[0], np.cumsum([shard["samples"] for shard in shards])]).astype(np.int64)
+        self._numbers: np.ndarray | None = None  # of the labels, where they are not those of the index
         self._file = file
         self._lock = threading.Lock()
         self._cache_bytes = cache_bytes
@@ -133,14 +135,25 @@ class Dataset:
         ids = np.asarray(ids, np.int64)
         shard = self._shards(ids)
         blocks = (NUMBERS, *(indexing.PLACES[kind] for kind in kinds))
-        found = {name: np.empty(len(ids), TYPES[name]) for block in blocks for name in block}
+        found: dict[str, np.ndarray] = {name: np.empty(len(ids), TYPES[name]) for block in blocks for name in block}
         for group, at in _by_value(shard):
             local = ids[at] - self.shard_first[group]
             for block in blocks:
                 for name, column in zip(block, self._columns(group, block), strict=True):
                     found[name][at] = column[local]
         places = [{kind: found.pop(indexing.PLACES[kind][i]) for kind in kinds} for i in (0, 1)]
+        if self._numbers is not None:
+            found["label"] = self._numbers[found["label"]]
         return Rows(shard=shard, **found, annotation_offset=places[0], annotation_size=places[1])
+
+    def numbered_as(self, classes: Sequence[str]) -> Dataset:
+        """The same data set with the labels that its classes have in `classes`, by name; all of them are there."""
+        number = {name: i for i, name in enumerate(classes)}
+        other = copy.copy(self)
+        other.classes = tuple(classes)
+        other._numbers = np.array([*(number[name] for name in self.classes), -1], TYPES["label"])  # -1: none, as before
+        other._cache, other._cached_bytes = collections.OrderedDict(), 0
+        return other
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """The keys of int64 ids [N]: for messages, not for every batch."""

@@ -83,7 +83,8 @@ class Loader:
     def batches(self, requests: Iterator[Request]) -> Iterator[dict[str, torch.Tensor]]:
         """Yield a dict of tensors for each request, "id" (int64 [N]) and "label" (int64 [N], -1 = none) among them.
 
-        Raises RunError where a lane holds no usable sample. A request whose samples are all bad and may not be
+        Raises RunError where a lane holds no usable sample, or where a tar cannot be read and the quarantine takes only
+        what lasts. A request whose samples are all bad and may not be
         replaced yields nothing.
         """
         in_flight: deque[tuple[Request, graph.Feed]] = deque()
@@ -185,6 +186,9 @@ class Loader:
             encoded = self.store.read(shard, offset, size)
             header = images.read_header(encoded)
         except OSError as error:
+            if self.quarantine.lasting and not isinstance(error, store.TornShardError):
+                tar = locations.name(self.dataset.shard_paths[shard])
+                raise RunError(f"{tar}: cannot be read: {error}; the same command goes on when it can") from error
             self._reject(sample, f"cannot be read: {error}")
             return None
         except images.ImageError as error:

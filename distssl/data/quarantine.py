@@ -1,6 +1,7 @@
 """Samples that cannot be used: which, and why. A record and a short cut, never part of the order.
 
-Whether a sample is bad is a property of its bytes, so a rank that has not met it yet comes to the same conclusion.
+Whether a sample is bad is a property of its bytes, so a rank that has not met it yet comes to the same conclusion. A
+training goes on where bytes cannot be read; what is kept for good must not lack an image for an error that passes.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ class Entry(TypedDict):
 
 
 class Quarantine:
-    """The bad samples this rank knows of, by source and id; what it says of a sample is of those of its own source."""
+    """The bad samples this rank knows of, by source and id; what it says of a sample is of those of its own source.
 
-    def __init__(self, source: str = SOURCE) -> None:
-        self.source = source
+    lasting: of their bytes alone; what cannot be read, as a file server's disk may not for a moment, is a RunError.
+    """
+
+    def __init__(self, source: str = SOURCE, *, lasting: bool = False) -> None:
+        self.source, self.lasting = source, lasting
         self.entries: dict[tuple[str, int], Entry] = {}
         self._fresh: list[Entry] = []
 
     def of(self, source: str) -> Quarantine:
         """The same record, for the samples of another source."""
-        other = Quarantine(source)
+        other = Quarantine(source, lasting=self.lasting)
         other.entries, other._fresh = self.entries, self._fresh
         return other
 
@@ -70,10 +74,16 @@ def place(entry: Entry) -> tuple[str, int]:
     return entry.get("source", SOURCE), entry["id"]  # runs of earlier versions wrote no source
 
 
-def check_share(bad: Quarantine, num_seen: int, num_samples: int, max_bad_fraction: float) -> None:
+def check_share(
+    bad: Quarantine,
+    num_seen: int,
+    num_samples: int,
+    max_bad_fraction: float,
+    named_by: str = "quarantine.jsonl in the run folder",
+) -> None:
     """Raise RunError where more than max_bad_fraction of the samples seen of a source are bad."""
     if len(bad) > max_bad_fraction * max(num_seen, min(num_samples, FEWEST_SEEN)):
         raise RunError(
             f"{len(bad)} of the {num_seen} samples of {bad.source} seen are bad, more than "
-            f"data.max_bad_fraction={max_bad_fraction}; quarantine.jsonl in the run folder names them"
+            f"data.max_bad_fraction={max_bad_fraction}; {named_by} names them"
         )

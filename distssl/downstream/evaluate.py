@@ -189,7 +189,9 @@ class Evaluation:
                 found = fitting.score()
                 if seed == 0 and self.context.rank == 0:
                     pictures.of_network(self.context, fitting, task, name, self.name)
-                fit.finish(job.folder, found, self.context)
+                of_all = len(job.train_ids) == len(self.labelled(needs.kind(task)).train_ids)
+                is_supervised = (task, name, seed) == ("finetune", "supervised", 0) and of_all  # of `_supervised`
+                fit.finish(job.folder, found, self.context, keeps_network=is_supervised)
             elif report:
                 fit.repeat_reports(job.folder, report)
         return found
@@ -209,7 +211,7 @@ class Evaluation:
         ids = needs.few(data, needs.kind(task), how_many, seed)
         facts = [task, name, seed, recipe, data.train.fingerprint, data.test.fingerprint, self.cfg.num_classes]
         facts += [ids.tolist(), data.test_ids.tolist(), weights.digest(start.state_dict())]
-        facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels]
+        facts += [self.run.seed, str(self.how.dtype), self.how.max_pixels, self.how.network]
         digest = hashlib.sha256(json.dumps(facts, default=dataclasses.asdict).encode()).hexdigest()[:12]
         title = f"{task} on {len(ids)} of {self.name}, {name} backbone, seed {seed}"
         folder = self.context.run_dir / FITS / f"{task}_{self.name}_{name}_{len(ids)}_seed{seed}_{digest}"

@@ -2,8 +2,8 @@
 
 No rank holds all of them: each embeds its share, in batches that are the same at any number of ranks, and writes its
 rows into one file in the run folder, which all of them read by blocks. Ranks that do not see the same run folder have a
-file on each node, and give the others their rows. The file is named by what it is a function of (parameters, dataset,
-ids, crop), so it is made once.
+file on each node, and give the others their rows. The file is named by what it is a function of (network, parameters,
+dataset, ids, crop), so it is made once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from distssl import atomic, collectives, method, weights
 from distssl.config import Run
 from distssl.context import Context
-from distssl.data import augment
+from distssl.data import augment, quarantine
 from distssl.data.graph import Views
 from distssl.data.loader import Loader, Request
 from distssl.data.quarantine import Quarantine
@@ -91,6 +92,8 @@ class Extraction:
     threads: int
     max_pixels: int
     dtype: torch.dtype
+    max_bad_fraction: float = 0.05  # of the images; more is a RunError
+    network: str = ""  # what the backbone is beside its parameters: strides, for example
 
     @classmethod
     def of_run(cls, run: Run, device: torch.device) -> Extraction:
@@ -102,6 +105,8 @@ class Extraction:
             threads=run.machine.threads,
             max_pixels=run.data.max_pixels,
             dtype=precision.resolve(run.train.precision, device),
+            max_bad_fraction=run.data.max_bad_fraction,
+            network=run.model.untrained.model_dump_json(),
         )
 
 
@@ -111,7 +116,8 @@ def extract(
     """The features of ids (int64 [N], ascending). Every rank calls it.
 
     cache: the folder that keeps them; without one every rank holds all of them. Samples that cannot be decoded are
-    named in the log and left out.
+    named in the log and left out. Raises RunError where they are too many, or where `cache` would lack some for good
+    because a tar cannot be read.
     """
     backbone.to(context.device, precision.parameter_dtype(how.dtype)).eval()
     if cache is None:
@@ -129,9 +135,11 @@ def extract(
 
 def _in_memory(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context) -> Features:
     done, x = [np.empty(0, np.int64)], [np.empty((0, backbone.num_features), np.float32)]
-    for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
+    bad = Quarantine(str(dataset.folder))
+    for batch, features in share(backbone, dataset, ids, how, context, bad):
         done.append(batch["id"].cpu().numpy())
         x.append(features.float().cpu().numpy())
+    _require_most(bad, dataset, ids, how)
     parts = collectives.gather_objects((np.concatenate(done), np.concatenate(x)))
     all_ids, all_x = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     return Features(all_ids, dataset.rows(all_ids).label.astype(np.int64), all_x, np.arange(len(all_ids)))
@@ -140,7 +148,10 @@ def _in_memory(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extra
 def _write(
     backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction, context: Context, folder: Path
 ) -> None:
-    """Each rank its rows; features.json is written last."""
+    """Each rank its rows; features.json is written last.
+
+    Not through a mapping: of a file that hosts share it writes whole pages back, over what others wrote into them.
+    """
     shape = len(ids), backbone.num_features
     if context.first_of_node:
         atomic.require_free(folder, shape[0] * shape[1] * 4)
@@ -148,15 +159,16 @@ def _write(
             (folder / name).unlink(missing_ok=True)
         np.lib.format.open_memmap(folder / ROWS, "w+", np.float32, shape)
     collectives.barrier()
-    x = np.lib.format.open_memmap(folder / ROWS, "r+")
     done = [np.empty(0, np.int64)]
-    for batch, features in share(backbone, dataset, ids, how, context, Quarantine()):
-        done.append(batch["id"].cpu().numpy())
-        x[np.searchsorted(ids, done[-1])] = features.float().cpu().numpy()
-    mine = np.concatenate(done)
-    if not context.shares_run_dir:
-        _exchange(x, np.searchsorted(ids, mine), context)
-    x.flush()
+    bad = Quarantine(str(dataset.folder), lasting=True)
+    with _Rows(folder / ROWS) as rows:
+        for batch, features in share(backbone, dataset, ids, how, context, bad):
+            done.append(batch["id"].cpu().numpy())
+            rows.put(np.searchsorted(ids, done[-1]), features.float().cpu().numpy())
+        mine = np.concatenate(done)
+        if not context.shares_run_dir:
+            _exchange(rows, np.searchsorted(ids, mine), context)
+    _require_most(bad, dataset, ids, how)
     usable = np.concatenate(collectives.gather_objects(mine))
     if context.first_of_node:
         with atomic.replacing(folder / META) as file:
@@ -164,16 +176,48 @@ def _write(
     collectives.barrier()
 
 
-def _exchange(x: np.ndarray, mine: np.ndarray, context: Context) -> None:
-    """Give the rows of `x` at `mine` (int64 [n]) to the files of the other nodes, BLOCK rows of all ranks at a time."""
+def _require_most(bad: Quarantine, dataset: Dataset, ids: np.ndarray, how: Extraction) -> None:
+    """Raises RunError where too many of the ids were bad, on whichever ranks. Every rank calls it."""
+    for found in collectives.gather_objects(list(bad.entries.values())):
+        bad.merge(found)
+    quarantine.check_share(bad, len(ids), dataset.num_samples, how.max_bad_fraction, named_by="the log")
+
+
+class _Rows:
+    """The rows of an npy file that is there, float32 [N, D]. Leaving it brings what was put to the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> _Rows:
+        self.file = open(self.path, "r+b", buffering=0)
+        self.x = np.load(self.path, mmap_mode="r")
+        return self
+
+    def put(self, at: np.ndarray, rows: np.ndarray) -> None:
+        """Write rows, float32 [n, D], to the places `at`, int64 [n]."""
+        for place, row in zip(at.tolist(), rows, strict=True):
+            data, start = row.tobytes(), self.x.offset + place * self.x.strides[0]
+            written = 0
+            with atomic.full_disk_named(self.path):
+                while written < len(data):
+                    written += os.pwrite(self.file.fileno(), data[written:], start + written)
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.file, atomic.full_disk_named(self.path):
+            os.fsync(self.file.fileno())
+
+
+def _exchange(rows: _Rows, mine: np.ndarray, context: Context) -> None:
+    """Give the rows at `mine` (int64 [n]) to the files of the other nodes, BLOCK rows of all ranks at a time."""
     size = max(1, BLOCK // context.world_size)
     longest = max(collectives.gather_objects(len(mine)))
     for first in range(0, longest, size):
         at = mine[first : first + size]
-        rows = per_sample.of_all(torch.from_numpy(x[at]).to(context.device)).cpu().numpy()
+        x = per_sample.of_all(torch.from_numpy(rows.x[at]).to(context.device)).cpu().numpy()
         where = per_sample.of_all(torch.from_numpy(at).to(context.device)).cpu().numpy()
         if context.first_of_node:
-            x[where] = rows
+            rows.put(where, x)
 
 
 def _free_memory() -> int:
@@ -185,7 +229,7 @@ def _free_memory() -> int:
 def _fingerprint(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extraction) -> str:
     digest = hashlib.sha256(f"{dataset.fingerprint} {how.size_px} {how.crop} {how.dtype} {how.max_pixels}".encode())
     digest.update(np.ascontiguousarray(ids).tobytes())
-    digest.update(weights.digest(backbone.state_dict()).encode())
+    digest.update(f"{weights.digest(backbone.state_dict())} {how.network}".encode())
     return digest.hexdigest()[:16]
 
 

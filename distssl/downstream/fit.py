@@ -64,6 +64,11 @@ def batch_of(recipe: Recipe, num_labels: int, world_size: int) -> int:
     batch = recipe.batch
     if batch > num_labels:
         batch = 1 << (num_labels.bit_length() - 1)  # a power of two: most numbers of workers fit
+    if batch == 1:
+        raise ConfigError(
+            f"eval.fit.batch={recipe.batch}, for {num_labels} labels: BatchNorm cannot learn from one image a step; at "
+            "least 2 labels and eval.fit.batch=2 are right"
+        )
     if batch % world_size:
         fits = [num for num in range(1, batch + 1) if batch % num == 0]
         raise ConfigError(
@@ -157,7 +162,7 @@ class Fitting:
             threads=self.how.threads,
             device=self.context.device,
             max_pixels=self.how.max_pixels,
-            quarantine=Quarantine(),
+            quarantine=Quarantine(lasting=True),
             target=self.network.target,
         )
         return loader.batches(LabelledStream(order, ids).requests(self.step, self.recipe.steps, self.context))
@@ -165,7 +170,7 @@ class Fitting:
     def _test_batches(self, ids: np.ndarray) -> Iterator[dict[str, Tensor]]:
         views = functools.partial(type(self.network).test_views, self.recipe)
         found = features.batches(
-            self.job.test, ids, views, self.how, self.context, Quarantine(),
+            self.job.test, ids, views, self.how, self.context, Quarantine(lasting=True),
             batch_size=TEST_BATCH, target=self.network.target,
         )  # fmt: skip
         return map(self._moved, found)
@@ -216,17 +221,19 @@ def result(folder: Path, context: Context) -> dict[str, float] | None:
 def repeat_reports(folder: Path, report: Report, last: int | None = None, after: int = 0) -> None:
     """Report what a job has reported before, after a step and up to another. Every rank calls it."""
     for row in collectives.broadcast_object(monitor.read_jsonl(folder / REPORTS)):
-        if after < row["step"] <= (last or row["steps"]):
+        if after < row["step"] <= (row["steps"] if last is None else last):
             report(row.pop("step"), row.pop("steps"), row)
 
 
-def finish(folder: Path, metrics: dict[str, float], context: Context) -> None:
-    """Keep the metrics of a finished job."""
+def finish(folder: Path, metrics: dict[str, float], context: Context, *, keeps_network: bool) -> None:
+    """Keep the metrics of a finished job, and its checkpoint where that is read again. Every rank calls it."""
     if context.rank == 0:
         with atomic.replacing(folder / RESULT) as file:
             file.write_text(json.dumps(metrics, indent=1) + "\n")
         if context.mirror:
             context.mirror.push(context.mirror.name(folder))
+    if not keeps_network:
+        mirrored.remove_all(context, folder)
     collectives.barrier()
 
 

@@ -45,6 +45,8 @@ class Keypoints(Network):
 
     def loss(self, views: Views, known: Sequence[Tensor]) -> Tensor:
         logits = self._heatmaps(views)  # [N, P, h, w]
+        # Autocast's bf16 has 8 bits: a point at 200.4 would lie at 200, and the loss depend on the machine.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         height, width = logits.shape[2:]
         scale = width / self.how.size_px
         points = torch.stack([_seen(point, frame) for point, frame in zip(known, views["frame"], strict=True)])

@@ -55,13 +55,17 @@ def has(dataset: Dataset, kind: str) -> bool:
 def find(train: Dataset, test: Dataset | None, kind: str, name: str, key: str = "eval.source") -> Labelled:
     """Without a test set of its own a fifth of the training set's labels is held out.
 
-    key: of the training set. Raises ConfigError where there are no labels of this kind, or not the same classes.
+    key: of the training set. A test set's classes are the training set's by name, and get its numbers; some may be
+    missing. Raises ConfigError where it has others, or where there are no labels of this kind.
     """
     if test is not None and kind == LABEL and test.classes != train.classes:
-        raise ConfigError(
-            f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
-            f"{_some(train.classes)}; the same names in the same order are right"
-        )
+        others = sorted(set(test.classes) - set(train.classes))
+        if others:
+            raise ConfigError(
+                f"eval.test_source: its classes are {_some(test.classes)}, those of the training images "
+                f"{_some(train.classes)}; names of these are right, {others[0]} is none"
+            )
+        test = test.numbered_as(train.classes)
     ids = train.ids_with(kind)
     train_ids, test_ids = held_out.split(ids) if test is None else (ids, test.ids_with(kind))
     if not len(train_ids) or not len(test_ids):
@@ -183,10 +187,10 @@ def num_classes(data: Labelled, kind: str, asked: int | None) -> int:
     largest_in = _largest_in_mask if kind == "mask" else _largest_in_boxes
     most = 0
     for dataset, ids in data.parts:
-        found = [largest_in(given) if given else 0 for given in annotations.read(dataset, ids, kind)]
-        most = max(most, 1 + max(found))
+        found = np.array([largest_in(given) if given else 0 for given in annotations.each(dataset, ids, kind)])
+        most = max(most, 1 + int(found.max()))
         if asked is not None and most > asked:
-            key = dataset.keys(ids[np.argmax(found), None])[0]
+            key = dataset.keys(ids[found.argmax(), None])[0]
             raise ConfigError(
                 f"eval.num_classes={asked}: {dataset.folder}: {key}: has class {most - 1} in its {kind}; classes below "
                 f"{asked} (255 is none), or at least eval.num_classes={most}, are right"
@@ -196,7 +200,7 @@ def num_classes(data: Labelled, kind: str, asked: int | None) -> int:
 
 def mean_log_depth(dataset: Dataset, ids: np.ndarray) -> float:
     """The mean of the log of metres over the pixels whose depth is known, in MOST_MEASURED of the images."""
-    logs = [_log_depths(data) for data in annotations.read(dataset, subset(ids, MOST_MEASURED, 0), "depth") if data]
+    logs = [_log_depths(data) for data in annotations.each(dataset, subset(ids, MOST_MEASURED, 0), "depth") if data]
     known = np.concatenate(logs)
     if not len(known):
         raise ConfigError("eval.source: no pixel of its depth maps has a known depth; millimetres above 0 are right")

@@ -52,10 +52,20 @@ def check(task: str, run: Run, data: Labelled) -> Facts | None:
 
 
 def labelled(run: Run, train: Dataset, test: Dataset | None, kind: str) -> Labelled:
-    """The labels of a kind that a run is judged by. Raises ConfigError without such, or with learnt ones."""
+    """The labels of a kind that a run is judged by.
+
+    Raises ConfigError where there are none, where the method has learnt from them, or where the test images are the
+    training images: every query of kNN would find itself.
+    """
+    key = "eval.source" if run.eval.source else "data.source"
     if _has_learnt(run, kind):
         raise ConfigError(f"eval.test_source: {UNSEEN} are right")
-    return labels.find(train, test, kind, name(run), "eval.source" if run.eval.source else "data.source")
+    if test is not None and test.fingerprint == train.fingerprint:
+        raise ConfigError(
+            f"eval.test_source={run.eval.test_source}: has the images of {key}; leave it out, and a fifth of those is "
+            "held out for the test, or name others"
+        )
+    return labels.find(train, test, kind, name(run), key)
 
 
 def name(run: Run) -> str:

@@ -252,6 +252,18 @@ def delete(tar: Path) -> str:
     return "No such file"
 
 
+def test_a_tar_that_cannot_be_read_is_an_error_where_only_what_lasts_may_be_left_out(folder: Path) -> None:
+    dataset = Dataset.open(folder)
+    cut(folder / "2.tar")
+    requests = [Request(part) for part in np.split(np.arange(64), 8)]
+    found = list(make(dataset, centre, 8, quarantine=Quarantine(lasting=True)).batches(iter(requests)))
+    there = {int(i) for batch in found for i in batch["id"]}
+    assert set(range(dataset.shard_first[2])) <= there < set(range(64))
+    delete(folder / "1.tar")
+    with pytest.raises(RunError, match=r"1\.tar: cannot be read: .*No such file"):
+        list(make(dataset, centre, 8, quarantine=Quarantine(lasting=True)).batches(iter(requests)))
+
+
 @pytest.mark.parametrize("damage", [cut, delete])
 def test_a_tar_that_is_cut_or_deleted_after_indexing_costs_only_its_samples(folder: Path, damage: Any) -> None:
     dataset = Dataset.open(folder)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from distssl import job, method, run_folder
+from distssl import job, method, run_folder, weights
 from distssl.config import Run
 from distssl.context import Context
+from distssl.data import shards, store
 from distssl.data.shards import Dataset
 from distssl.downstream import classify, features, pictures
 from distssl.downstream.evaluate import Evaluation
 from distssl.downstream.rows import Row, read_summary
-from tests import runs
+from distssl.errors import RunError
+from tests import planted, runs
 
 FIT = ["eval.fit.steps=3", "eval.fit.batch=8", "eval.num_seeds=2", 'eval.labels=["3/class", null]']
 CLASSIFYING = ("knn", "linear", "retrieval", "cluster", "finetune")
@@ -93,6 +101,116 @@ def test_features_are_made_once_for_a_checkpoint_and_a_dataset(
         for changed in ((backbone, ids), (method.build(run).evaluated(), ids[:-1])):
             with pytest.raises(TypeError):
                 features.extract(changed[0], dataset, changed[1], how, context, tmp_path / "cache")
+
+
+def test_networks_of_the_same_weights_have_features_and_fits_of_their_own(packed: Path, tmp_path: Path) -> None:
+    """A stem of another stride has the same parameters and buffers, and gives other features."""
+    found, fits = [], set()
+    for stem in ("3x3_s2", "3x3_s1"):
+        run = runs.tiny(packed, tmp_path, f"model.stem={stem}")
+        with Context(tmp_path) as context:
+            judge = Evaluation(run, context, Dataset.open(packed), None)
+            found.append((weights.digest(judge.backbone("random").state_dict()), judge._features("random")[0].all()))
+            fits.add(judge._job("finetune", "random", None, 0)[0].folder)
+    (first, ours), (second, theirs) = found
+    assert first == second
+    assert not np.allclose(ours, theirs)
+    assert len(fits) == 2
+
+
+def test_all_tasks_take_test_images_of_some_classes_for_what_their_names_say(packed: Path, tmp_path: Path) -> None:
+    """Of two of four classes, the training images themselves: each is its own nearest neighbour."""
+    shutil.copytree(packed.parent / "images", tmp_path / "some", ignore=shutil.ignore_patterns("class0", "class2"))
+    some = shards.pack(str(tmp_path / "some"), tmp_path / "some-packed")
+    run = runs.tiny(packed, tmp_path, *FIT, "eval.neighbours=1", f"eval.test_source={some}", "train.precision=float32")
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, Dataset.open(packed), Dataset.open(some))
+        assert judge.figure("knn", "random", None, 0) == {"accuracy": 1.0}
+        assert judge.online(judge.backbone("random")) == {"knn": 1.0}
+        assert judge.figure("retrieval", "random", None, 0)["recall_at_1"] == 1.0
+        assert judge.figure("linear", "random", None, 0)["accuracy"] > 0.8
+        assert 0.5 <= judge.figure("cluster", "random", None, 0)["accuracy"] <= 1
+        fitting = judge._fitting("finetune", "random", *judge._job("finetune", "random", None, 0))
+        known = {
+            int(i): int(label)
+            for b in fitting._test_batches(fitting.job.test_ids)
+            for i, label in zip(b["id"], b["label"], strict=True)
+        }
+        keys = Dataset.open(some).keys(np.array(list(known)))
+        assert [f"class{label}" for label in known.values()] == [key.partition("/")[0] for key in keys]
+        assert set(known.values()) == {1, 3}
+        judge.trained = method.build(run)
+        judge._draw("pretrained", clusters=False)
+        kept = np.load(tmp_path / pictures.FOLDER / pictures.PROJECTOR)
+        assert {str(kept["classes"][label]) for label in kept["labels"]} == {"class1", "class3"}
+
+
+def test_features_are_not_kept_while_a_tar_cannot_be_read(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.tiny(packed, tmp_path)
+    dataset, backbone, read = Dataset.open(packed), method.build(run).evaluated(), store.LocalStore.read
+    ids, how = dataset.ids_with("label"), features.Extraction.of_run(run, torch.device("cpu"))
+
+    def stale(self: store.LocalStore, shard: int, offset: int, size: int) -> bytes:
+        if offset == dataset.rows(ids[:1]).offset[0]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, shard, offset, size)
+
+    with Context(tmp_path) as context:
+        with monkeypatch.context() as broken:
+            broken.setattr(store.LocalStore, "read", stale)
+            with pytest.raises(RunError, match=r"\.tar: cannot be read: .*Stale file handle"):
+                features.extract(backbone, dataset, ids, how, context, tmp_path / "cache")
+        found = features.extract(backbone, dataset, ids, how, context, tmp_path / "cache")
+    assert np.array_equal(found.ids, ids)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_of_too_few_images_are_refused(tmp_path: Path, kept: bool) -> None:
+    dataset = Dataset.open(runs.packed(tmp_path, num=40))
+    for sample in range(4):
+        planted.overwrite(dataset, sample, bytes(dataset.rows(np.array([sample])).size[0]))
+    cache, ids = tmp_path / "cache" if kept else None, dataset.ids_with("label")
+    run = runs.tiny(tmp_path / "packed", tmp_path, "data.max_bad_fraction=0.1")
+    backbone, how = method.build(run).evaluated(), features.Extraction.of_run(run, torch.device("cpu"))
+    with Context(tmp_path) as context:
+        told = (
+            r"^4 of the 40 samples of .*packed seen are bad, more than data\.max_bad_fraction=0\.09; the log names them"
+        )
+        with pytest.raises(RunError, match=told):
+            features.extract(backbone, dataset, ids, replace(how, max_bad_fraction=0.09), context, cache)
+        assert len(features.extract(backbone, dataset, ids, how, context, cache)) == 36
+
+
+def test_rows_of_features_are_written_without_a_mapping_and_are_on_the_disk(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared file system takes a mapping's pages back whole: another host's row in a page would be lost."""
+    run, whole = runs.tiny(packed, tmp_path), features.share
+    written: list[str] = []
+    synced: list[int] = []
+
+    def watched(*args: Any) -> Iterator[Any]:
+        for found in whole(*args):
+            yield found
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            written.extend(line for line in maps if line.endswith(features.ROWS) and "w" in line.split()[1])
+
+    def fsync(file: int) -> None:
+        if os.path.samestat(os.fstat(file), next(tmp_path.glob(f"cache/*/{features.ROWS}")).stat()):
+            assert not list(tmp_path.glob(f"cache/*/{features.META}"))  # which says that the rows are there
+            synced.append(file)
+
+    monkeypatch.setattr(features, "BATCH_SIZE", 8)
+    monkeypatch.setattr(features, "share", watched)
+    monkeypatch.setattr(os, "fsync", fsync)
+    dataset, backbone = Dataset.open(packed), method.build(run).evaluated()
+    with Context(tmp_path) as context:
+        how = features.Extraction.of_run(run, context.device)
+        features.extract(backbone, dataset, dataset.ids_with("label"), how, context, tmp_path / "cache")
+    assert not written
+    assert len(synced) == 1
 
 
 def test_features_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

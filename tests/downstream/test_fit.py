@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from distssl.data import shards
 from distssl.downstream import fit, pictures, rows
 from distssl.downstream.evaluate import Evaluation
 from distssl.downstream.fit import Fitting
+from distssl.errors import ConfigError
+from distssl.mirror import Mirror
 from tests import annotated, runs
 
 STEPS = 6
@@ -142,6 +145,55 @@ def test_what_was_reported_before_a_crash_is_reported_again(packed: dict[str, Pa
     assert [step for step, _, _ in reports[1]] == [2, 4, 6]
     assert reports[1] == reports[2]
     assert reports[0] == reports[1][:2]
+
+
+def test_reports_without_a_checkpoint_are_of_work_that_is_done_again(packed: dict[str, Path], tmp_path: Path) -> None:
+    """A crash between the first report and its checkpoint: nothing is told twice."""
+    run = runs.tiny(packed["finetune"], tmp_path, *FIT)
+    told: list[int] = []
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, shards.Dataset.open(packed["finetune"]), None)
+        folder = judge._job("finetune", "random", None, 0)[0].folder
+        folder.mkdir(parents=True)
+        (folder / fit.REPORTS).write_text(json.dumps({"step": 2, "steps": STEPS, "accuracy": 0.5}) + "\n")
+        judge.figure("finetune", "random", None, 0, lambda step, steps, metrics: told.append(step), every=2)
+    assert told == [2, 4, 6]
+
+
+@pytest.mark.parametrize("at_url", [False, True])
+def test_a_finished_fit_keeps_its_network_only_where_it_is_read_again(
+    packed: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest, at_url: bool
+) -> None:
+    run = runs.tiny(packed["finetune"], tmp_path, *FIT)
+    dataset = shards.Dataset.open(packed["finetune"])
+    with Context(tmp_path / "run") as context:
+        if at_url:
+            context.mirror = Mirror(context.run_dir, f"{request.getfixturevalue('bucket')}/runs/mine")
+        judge = Evaluation(run, context, dataset, None)
+        fits = [("random", None, 0), ("supervised", "50%", 0), ("supervised", None, 1), ("supervised", None, 0)]
+        figures = [judge.figure("finetune", name, how_many, seed) for name, how_many, seed in fits]
+        kept = judge._job("finetune", "supervised", None, 0)[0].folder
+        assert [path.parent.parent for path in context.run_dir.glob("fits/*/checkpoints/step_*")] == [kept]
+        if context.mirror:
+            there = [name for name in context.mirror.remote.names() if "/step_" in name]
+            assert {name.partition("/checkpoints")[0] for name in there} == {context.mirror.name(kept)}
+            assert len(there) == 2
+        assert [judge.figure("finetune", *asked) for asked in fits] == figures
+        whole = fitting(run, "finetune", context)
+        assert whole.step == STEPS
+        assert judge.backbone("supervised").state_dict().keys() == whole.network.backbone.state_dict().keys()
+
+
+def test_one_image_a_step_is_refused(packed: dict[str, Path], tmp_path: Path) -> None:
+    """BatchNorm would raise in torch's words at 16 px, where the last map has one place."""
+    run = runs.tiny(packed["finetune"], tmp_path, *FIT)
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, shards.Dataset.open(packed["finetune"]), None)
+        with pytest.raises(
+            ConfigError, match=r"^eval\.fit\.batch=8, for 1 labels: BatchNorm cannot learn from one image"
+        ):
+            judge.figure("finetune", "supervised", 1, 0)
+        assert judge.figure("finetune", "supervised", 2, 0)["accuracy"] >= 0
 
 
 def test_few_test_images_are_drawn_and_micro_batches_stay_behind(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -167,6 +167,20 @@ def test_more_classes_than_a_method_was_built_for_are_told(command: Command, pho
     assert not (tmp_path / "runs" / "mine").exists()
 
 
+@pytest.mark.parametrize("asked", ["eval.source", "data.source"])
+def test_test_images_that_are_those_to_train_on_are_told_before_the_training(
+    command: Command, photos: Path, tmp_path: Path, asked: str
+) -> None:
+    copied = shutil.copytree(photos, tmp_path / "copied")
+    of_eval = [f"eval.source={photos}"] if asked == "eval.source" else []
+    source = runs.photos(tmp_path / "other", num=32, seed=1) if of_eval else photos
+    for test in (photos, copied):
+        places = runs.command_line(source, tmp_path / "runs", *of_eval, f"eval.test_source={test}", "name=mine")
+        said = command(*places, "eval.tasks=[knn]")
+        check_refused(said, f"eval.test_source={test}: has the images of {asked}; leave it out")
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
 def test_a_single_label_is_enough(command: Command, run: Path, photos: Path) -> None:
     found = evaluated(command, run, "knn,linear,finetune", f"eval.source={photos}", "eval.labels=[1]")
     assert {row.task for row in found} == {"knn", "linear", "finetune"}

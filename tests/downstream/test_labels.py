@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distssl.data import held_out, shards
+from distssl.data import held_out, shards, store
 from distssl.data.shards import Dataset
 from distssl.downstream import labels
 from distssl.errors import ConfigError
+from tests import annotated, planted
 
 
 def dataset(folder: Path, files: dict[str, bytes]) -> Dataset:
@@ -105,14 +106,63 @@ def test_images_with_other_numbers_of_points_are_named(tmp_path: Path) -> None:
         labels.keypoints(found, found.ids_with("keypoints"))
 
 
-def test_test_images_of_other_classes_are_refused(tmp_path: Path) -> None:
-    def labelled(name: str, classes: str) -> Dataset:
-        folder = tmp_path / name
-        for label in classes:
-            (folder / label).mkdir(parents=True)
-            for i in range(3):
-                (folder / label / f"{i}.png").write_bytes(image())
-        return Dataset.open(shards.pack(str(folder), tmp_path / f"{name}-packed"))
+def labelled(folder: Path, classes: str) -> Dataset:
+    """Three images a class."""
+    for label in classes:
+        (folder / label).mkdir(parents=True)
+        for i in range(3):
+            (folder / label / f"{i}.png").write_bytes(image())
+    return Dataset.open(shards.pack(str(folder), folder.with_name(f"{folder.name}-packed")))
 
-    with pytest.raises(ConfigError, match=r"eval\.test_source: its classes are"):
-        labels.find(labelled("train", "ab"), labelled("test", "abc"), labels.LABEL, "letters")
+
+def test_test_images_of_other_classes_are_refused(tmp_path: Path) -> None:
+    told = r"eval\.test_source: its classes are 2 \(b, c\), those .* 2 \(a, b\); names of these are right, c is none"
+    with pytest.raises(ConfigError, match=told):
+        labels.find(labelled(tmp_path / "train", "ab"), labelled(tmp_path / "test", "bc"), labels.LABEL, "letters")
+
+
+@pytest.mark.parametrize("classes", ["ab", "cd", "bd"])
+def test_test_images_of_some_classes_have_the_numbers_of_the_training_images(tmp_path: Path, classes: str) -> None:
+    train, test = labelled(tmp_path / "train", "abcd"), labelled(tmp_path / "test", classes)
+    found = labels.find(train, test, labels.LABEL, "letters").test
+    every = np.arange(test.num_samples)
+    folders = [key.rpartition("/")[0] for key in test.keys(every)]
+    assert found.classes == train.classes
+    assert found.rows(every).label.tolist() == ["abcd".index(name) for name in folders]
+    assert found.rows(every).label.dtype == test.rows(every).label.dtype
+    assert np.array_equal(found.ids_with(labels.LABEL), test.ids_with(labels.LABEL))
+    assert test.classes == tuple(classes)  # as it was
+    assert test.rows(every).label.max() == len(classes) - 1
+
+
+def test_numbered_test_images_without_the_highest_class_are_right(tmp_path: Path) -> None:
+    """Tars have classes 0 to the largest that occurs; an image without a number has no class in both."""
+
+    def numbered(name: str, *classes: int) -> Dataset:
+        members = [(f"{i}.cls", str(label).encode()) for i, label in enumerate(classes)]
+        members += [(f"{i}.png", planted.picture(i)) for i in range(len(classes) + 1)]
+        planted.write_tar(tmp_path / name / "0.tar", sorted(members))
+        return Dataset.open(shards.index(str(tmp_path / name)))
+
+    found = labels.find(numbered("train", 0, 3, 1, 2), numbered("test", 0, 2, 1), labels.LABEL, "numbers")
+    assert found.test.rows(np.arange(4)).label.tolist() == [0, 2, 1, -1]
+    assert found.test_ids.tolist() == [0, 1, 2]
+
+
+def test_masks_are_read_one_at_a_time_for_their_largest_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Dataset.open(shards.pack(str(annotated.images(tmp_path / "marked", 9)), tmp_path / "packed"))
+    data, read, seen = labels.find(found, None, "mask", "marked"), store.LocalStore.read, [0, 0]
+
+    def counted(self: store.LocalStore, shard: int, offset: int, size: int) -> bytes:
+        seen[0] += 1
+        return read(self, shard, offset, size)
+
+    def largest(mask: bytes) -> int:
+        seen[1] += 1
+        assert seen[0] == seen[1]  # the ones before are not held
+        return seen[1]
+
+    monkeypatch.setattr(store.LocalStore, "read", counted)
+    monkeypatch.setattr(labels, "_largest_in_mask", largest)
+    assert labels.num_classes(data, "mask", None) == 9 + 1
+    assert seen == [9, 9]

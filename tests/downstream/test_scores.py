@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torchmetrics.functional import classification
 
 from distssl.downstream import classify, depth, keypoints, segment
 from distssl.downstream.rows import Row
+from distssl.downstream.task import Facts
+from distssl.nn import backbones
 
 
 def test_accuracy_and_macro_f1_are_those_of_scikit_learn() -> None:
@@ -72,6 +76,23 @@ def test_a_heatmap_that_is_a_points_gaussian_gives_the_point_back() -> None:
     heatmaps = keypoints.gaussians(points, 16, 16)
     assert torch.allclose(heatmaps.sum((2, 3)), torch.ones(4, 5))
     assert torch.allclose(keypoints.places(heatmaps.log()), points, atol=0.05)
+
+
+def test_the_loss_of_points_is_that_of_their_exact_places_in_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heatmaps in bf16, as autocast gives them: the loss is float64's of the same heatmaps and of unrounded points."""
+    recipe = dataclasses.replace(keypoints.Keypoints.recipe, size_px=512)
+    network = keypoints.Keypoints(backbones.build("resnet10", "3x3_s2", width=4), Facts(num_points=2), recipe)
+    logits = (30 * torch.rand(1, 2, 128, 128, generator=torch.Generator().manual_seed(0))).bfloat16()
+    monkeypatch.setattr(network, "_heatmaps", lambda views: logits)
+    known = torch.tensor([[200.4, 301.7, 1], [511.2, 0.9, 1]])  # 200, 302, 512 (outside) and 0.9 in bf16
+    whole = torch.tensor([[0.0, 0, 512, 1, 0]])  # the view is the image
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network.loss({"frame": whole}, [known])
+
+    target = keypoints.gaussians(known[None, :, :2].double() / 4, 128, 128)
+    expected = -(target.flatten(2) * logits.double().flatten(2).log_softmax(-1)).sum(-1).mean()
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_average_precision_of_boxes_by_hand() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP
 
 from distssl.context import Context
@@ -63,6 +66,39 @@ def test_retrieval_agrees_with_torchmetrics(tmp_path: Path) -> None:
     for k in retrieve.CUTOFFS:
         expected = float(RetrievalHitRate(top_k=k)(flat[0], flat[1], indexes=flat[2]))
         assert found[f"recall_at_{k}"] == pytest.approx(expected)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in (made if isinstance(made, tuple | list) else [made]) if torch.is_tensor(each)]
+        self.numbers = max(self.numbers, *sizes) if sizes else self.numbers
+        return made
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_retrieval_keeps_few_similarities_of_a_large_sorted_gallery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three sorted classes of 600: 23 queries a block would keep 23 times their class, or the gallery."""
+    gallery, queries = features_of(1800, 1, classes=3), features_of(60, 2, classes=3)
+    gallery = dataclasses.replace(gallery, labels=np.sort(gallery.labels), at=np.argsort(gallery.labels, kind="stable"))
+    whole = retrieve.retrieve(gallery, queries, Context(tmp_path))
+    largest = int(np.bincount(gallery.labels).max())
+    monkeypatch.setattr(retrieve, "MOST_KEPT", 4 * largest)
+    with Largest() as seen:
+        found = retrieve.retrieve(gallery, queries, Context(tmp_path))
+    assert found == pytest.approx(whole, abs=1e-9)
+    assert seen.numbers <= 4 * (largest + 1)
+    relevant = torch.from_numpy(queries.labels[:, None] == gallery.labels[None])
+    index = torch.arange(len(queries))[:, None].expand_as(relevant).flatten()
+    scores = similarities(gallery, queries)[:, torch.from_numpy(gallery.at)] + 2
+    expected = RetrievalMAP()(scores.flatten(), relevant.flatten(), indexes=index)
+    assert found["map"] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_average_precision_by_hand() -> None:
