@@ -64,7 +64,7 @@ def batch_of(recipe: Recipe, num_labels: int, world_size: int) -> int:
     batch = recipe.batch
     if batch > num_labels:
         batch = 1 << (num_labels.bit_length() - 1)  # a power of two: most numbers of workers fit
-    if batch == 1:
+    if batch == 1 and recipe.trained != "head":
         raise ConfigError(
             f"eval.fit.batch={recipe.batch}, for {num_labels} labels: BatchNorm cannot learn from one image a step; at "
             "least 2 labels and eval.fit.batch=2 are right"
