@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from distssl import prices
@@ -70,7 +71,8 @@ def up(file: ClusterFile, tell: Callable[[str], None]) -> None:
 
 def down(file: ClusterFile, tell: Callable[[str], None]) -> None:
     """End every host of the cluster, and on AWS its security group. Raises RunError where one is left."""
-    _sdk(file, DOWN, "down", tell)
+    if file.provider != "aws" or aws.instances(file):  # or the launcher would make a security group, to end nothing
+        _sdk(file, DOWN, "down", tell)
     if file.provider == "aws":
         aws.terminate(file)
         aws.remove_security_group(file)
@@ -96,6 +98,13 @@ def price(file: ClusterFile, hosts: Hosts | None) -> str:
     return known + (f", without {', '.join(bill.unknown)}, whose price is not known" if bill.unknown else "")
 
 
+def written(file: ClusterFile) -> Path:
+    """The file for Ray."""
+    if file.provider == "aws":
+        aws.keep_to_security_group(file)
+    return file.write()
+
+
 def environment(file: ClusterFile) -> dict[str, str]:
     """Of Ray's own commands on this machine."""
     ours = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
@@ -109,7 +118,7 @@ def _sdk(file: ClusterFile, call: str, name: str, tell: Callable[[str], None]) -
 
     On a Ctrl-C it is ended before the interrupt goes on.
     """
-    path = file.write()
+    path = written(file)
     code = f"import sys; from ray.autoscaler.sdk import *; {call}"
     with (
         open(path.with_name(f"{name}.log"), "wb") as said,

@@ -77,7 +77,7 @@ class Way:
         """Open it, and again where it broke."""
         if self.file is None or self.ports is None or (self._tunnel is not None and self._tunnel.poll() is None):
             return
-        path = self.file.write()
+        path = cluster.written(self.file)
         pairs = list(zip(self.ports, (DASHBOARD, TENSORBOARD), strict=True))
         code = f"import sys; from ray.autoscaler.sdk import *; run_on_cluster(sys.argv[1], port_forward={pairs})"
         with open(path.with_name("tunnel.log"), "ab") as said:

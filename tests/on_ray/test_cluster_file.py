@@ -17,6 +17,10 @@ START = "RAY_AUTH_MODE=token ray start"
 
 @pytest.fixture
 def aws() -> dict[str, Any]:
+    return minimal()
+
+
+def minimal() -> dict[str, Any]:
     """As little as a file for AWS may have."""
     node = {"InstanceType": "g5.12xlarge", "ImageId": "ami-1"}
     rule = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": "192.0.2.7/32"}]}
