@@ -70,6 +70,8 @@ def test_workers_share_the_cpus_of_a_host_that_are_not_kept(
         ("available_node_types.worker.node_config.InstanceType", "worker.node_config.InstanceType: missing"),
         ("available_node_types.head.node_config.ImageId", "head.node_config.ImageId: missing"),
         ("provider.region", "provider.region: missing"),
+        ("head_start_ray_commands", "head_start_ray_commands: missing, and Ray's own have no token"),
+        ("worker_start_ray_commands", "worker_start_ray_commands: missing, and Ray's own have no token"),
     ],
 )
 def test_what_a_file_leaves_out_is_named_before_anything_is_asked(
