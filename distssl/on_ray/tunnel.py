@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -22,6 +23,19 @@ ANSWERS_S = 90  # the dashboard of a head that has just started may take its tim
 TRY_S = 1.0
 
 Self = TypeVar("Self", bound="Way")
+
+
+class Client(JobSubmissionClient):
+    """Says in a line what Ray's says in a page: that nobody answers, or what the head refuses. Raises RunError."""
+
+    def _do_request(self, *request: Any, **kwargs: Any) -> requests.Response:
+        try:
+            return super()._do_request(*request, **kwargs)
+        except requests.RequestException as error:
+            raise RunError(f"{self._address}: the connection is lost: {first_line(error)}") from None
+
+    def _raise_error(self, r: requests.Response) -> None:
+        raise RunError(f"{self._address}: {r.status_code}: {(r.text.strip().splitlines() or [''])[-1]}")
 
 
 class Way:
@@ -51,7 +65,7 @@ class Way:
         while True:
             self._keep_tunnel()
             try:
-                return JobSubmissionClient(self.dashboard)
+                return Client(self.dashboard)
             except AuthenticationError:
                 raise ConfigError(f"{self.dashboard}: the token of {token.FILE} is not the cluster's") from None
             except (ConnectionError, RuntimeError, OSError) as error:
