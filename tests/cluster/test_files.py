@@ -187,6 +187,13 @@ def test_the_ray_job_has_the_shape_that_kuberay_takes() -> None:
     assert set(json.loads(environment["DISTSSL_WORKERS"])) == {"most", "cpus", "gpus"}
 
 
+def test_the_submitter_of_the_ray_job_reaches_the_dashboard_by_the_token() -> None:
+    spec = yaml.safe_load((ROOT / "cluster/kuberay.yaml").read_text())["spec"]
+    assert spec["submissionMode"] == "K8sJobMode"  # a pod of its own
+    assert "dashboard-host" not in spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
 def test_the_slurm_script_is_a_script() -> None:
     done = subprocess.run(["bash", "-n", ROOT / "cluster/slurm.sh"], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
