@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import requests
 from ray.exceptions import AuthenticationError
@@ -34,7 +34,7 @@ class Client(JobSubmissionClient):
         except requests.RequestException as error:
             raise RunError(f"{self._address}: the connection is lost: {first_line(error)}") from None
 
-    def _raise_error(self, r: requests.Response) -> None:
+    def _raise_error(self, r: requests.Response) -> NoReturn:
         raise RunError(f"{self._address}: {r.status_code}: {(r.text.strip().splitlines() or [''])[-1]}")
 
 

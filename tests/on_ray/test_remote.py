@@ -70,7 +70,12 @@ class Answers(http.server.BaseHTTPRequestHandler):
     """A dashboard with one job, which runs."""
 
     def do_GET(self) -> None:
-        job = {"type": "SUBMISSION", "submission_id": "mine-1", "status": "RUNNING", "entrypoint": "python launch.py"}
+        job: dict[str, object] = {
+            "type": "SUBMISSION",
+            "submission_id": "mine-1",
+            "status": "RUNNING",
+            "entrypoint": "python launch.py",
+        }
         job["metadata"] = {"project": jobs.PROJECT, "kind": "work", jobs.NAME: "mine"}
         version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "x", "session_name": "x"}
         text = json.dumps({"/api/version": version, "/api/jobs/": [job]}.get(self.path, job)).encode()
