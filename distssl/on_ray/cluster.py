@@ -53,13 +53,14 @@ def is_up(file: ClusterFile) -> bool:
     found = _look(file)
     if found in (head.ANSWERS, head.NONE):
         return found == head.ANSWERS
-    who, what = "whether there is a head is not known", "try again"
-    if found == head.UNREACHABLE:
-        who = "the head does not answer SSH"
-    elif found == head.SILENT:
+    said = file.folder / "look.log"
+    who, what = "the head does not answer SSH", "try again"
+    if found != head.UNREACHABLE:  # a cloud's answer
+        who = f"whether there is a head is not known: {_reason(said.read_text())}"
+    if found == head.SILENT:
         who = f"the head of {file.name} is there, and Ray does not answer"
         what = f"try again, or end it: python launch.py down --cluster {file.path}"
-    raise RunError(f"{file.path}: {who}; nothing was changed, {what}. Its words: {file.folder / 'look.log'}")
+    raise RunError(f"{file.path}: {who}; nothing was changed, {what}. Its words: {said}")
 
 
 def up(file: ClusterFile, tell: Callable[[str], None]) -> None:
