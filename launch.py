@@ -27,6 +27,10 @@ errors = Console(stderr=True)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 ConfigFile = Annotated[Path, typer.Option("--config", help="A YAML file; configs/ has one for each method.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=20.")]
+OfEvaluation = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example eval.num_seeds=5.")
+]
+OfSweep = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example num_trials=20.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: this one alone, without Ray.")]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or its URL, for example runs/demo.")]
 Storage = Annotated[str | None, typer.Option("--storage", help="Folder or URL of run folders: s3://bucket/runs.")]
@@ -58,9 +62,9 @@ def pretrain(
 def evaluate(
     run: RunFolder,
     task: Annotated[str, typer.Option("--task", help=f"{', '.join(config.TASKS)}; all: what labels allow.")] = "all",
-    overrides: Overrides = None,
+    overrides: OfEvaluation = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray workers; by default none: this process alone.")
+        int | None, typer.Option(min=1, help="Ray workers; by default none here, on a cluster all it has room for.")
     ] = None,
     cluster: ClusterFile = None,
     address: Address = None,
@@ -85,7 +89,7 @@ def evaluate(
 @app.command()
 def sweep(
     config_file: Annotated[Path, typer.Option("--config", help="A YAML file as those in configs/sweep.")],
-    overrides: Overrides = None,
+    overrides: OfSweep = None,
     storage: Annotated[str | None, typer.Option(help="Folder or URL that sweeps lie in: s3://bucket/sweeps.")] = None,
     cluster: ClusterFile = None,
     address: Address = None,

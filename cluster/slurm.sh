@@ -1,6 +1,7 @@
 #!/bin/bash
 # A run on a Slurm cluster, without Ray: torchrun on every node, the same result as anywhere else.
-# Fill in: the partition; an environment in which `pip install -e .` was said once, on a file system that all nodes share.
+# Fill in: the partition. It runs `.venv/bin/torchrun` of the folder that it is submitted from: the project's, on a file
+#          system that all nodes share, in whose `.venv` `pip install -e .` was said once.
 # Use:     sbatch --nodes 2 --gpus-per-node 4 cluster/slurm.sh --config configs/pretrain/... data.source=/shared/shards
 # Costs:   what your centre asks.
 # Has run: not under Slurm; torchrun, which it starts, runs in the tests.

@@ -15,7 +15,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
 from distssl.estimate import Collective, Links, Measured, Timing
 
-VERSION = 1
+VERSION = 2
 CPU = "cpu"
 PART_S = 3.0  # of measuring each of a timing's three figures; at least MIN_BATCHES
 MIN_BATCHES = 3
@@ -57,6 +57,7 @@ class Calibration:
     links: Links
     epoch_start_s: float  # what comes before each epoch, of one rank alone
     timings: tuple[Timing, ...]
+    too_large: int | None  # the smallest N that this machine has no memory for, of those tried
 
     @property
     def on_gpu(self) -> bool:
@@ -77,39 +78,45 @@ class _Found:
 
     gradient_bytes: int
     epoch_start_s: float
-    timings: tuple[Timing, ...]
+    timing: Timing
 
 
-def measure(run: Run, data: Data, batches: Sequence[tuple[int, int]], part_s: float = PART_S) -> Calibration:
+def measure(run: Run, data: Data, batches: Iterable[tuple[int, int]], part_s: float = PART_S) -> Calibration:
     """Take a few steps at each (images a rank N, ranks side by side R) of `batches`; N is a share of the global batch
-    that some number of workers would have."""
-    found = []
-    for beside in sorted({beside for _, beside in batches}):
-        sizes = [images for images, there in batches if there == beside]
-        found.append(_mean_of_ranks(collectives.launch(_measure, beside, run, data, sizes, threads(beside), part_s)))
-    blocking, links = collectives.launch(_talk, 2, run, data)[0]
+    that some number of workers would have. The smallest first, up to what there is memory for. Raises ConfigError where
+    that is nothing."""
+    found, too_large = [], None
+    for images, beside in sorted(batches):
+        try:
+            ranks = collectives.attempt(_measure, beside, run, data, images, threads(beside), not found, part_s)
+        except collectives.NoMemoryError:
+            too_large = images
+            break
+        found.append(_mean_of_ranks(ranks))
+    if not found:
+        told = f"no memory here for {too_large} images a worker; a smaller one or train.micro_batch is right"
+        raise ConfigError(f"data.global_batch={run.data.global_batch}: {told}")
+    blocking, links = collectives.attempt(_talk, 2, run, data)[0]
+    timings = tuple(one.timing for one in found)
     return Calibration(
         machine=_cpu_model(),
         cores=os.cpu_count() or 1,
         device=device(),
-        torch_threads={beside: threads(beside) for _, beside in batches},
+        torch_threads={one.beside: threads(one.beside) for one in timings},
         of=_settings(run),
         gradient_bytes=found[0].gradient_bytes,
         blocking=blocking,
         links=links,
         epoch_start_s=found[0].epoch_start_s,
-        timings=tuple(timing for one in found for timing in one.timings),
+        timings=timings,
+        too_large=too_large,
     )
 
 
 def _mean_of_ranks(ranks: Sequence[_Found]) -> _Found:
-    means = []
-    for same in zip(*(rank.timings for rank in ranks), strict=True):
-        figures = {
-            name: sum(getattr(one, name) for one in same) / len(same) for name in ("load_s", "compute_s", "step_s")
-        }
-        means.append(replace(same[0], **figures))
-    return replace(ranks[0], timings=tuple(means))
+    same = [rank.timing for rank in ranks]
+    figures = {name: sum(getattr(one, name) for one in same) / len(same) for name in ("load_s", "compute_s", "step_s")}
+    return replace(ranks[0], timing=replace(same[0], **figures))
 
 
 def _cpu_model() -> str:
@@ -191,24 +198,21 @@ def _training(
         training.close()
 
 
-def _measure(run: Run, data: Data, sizes: Sequence[int], num_threads: int, part_s: float) -> _Found:
+def _measure(run: Run, data: Data, images: int, num_threads: int, is_first: bool, part_s: float) -> _Found:
     """One rank of those side by side: together until all are ready, then each for itself."""
     beside = collectives.world_size()
     collectives.barrier()
     collectives.shutdown()  # from here on they have nothing to do with each other
     torch.set_num_threads(num_threads)
-    timings, gradient_bytes, epoch_start_s = [], 0, 0.0
-    for images in sizes:
-        # What comes before an epoch exchanges things whose meaning counts: there a rank is measured as the only one.
-        world_size = 1 if method.find(run.method.name).embeds else run.data.global_batch // images
-        num_lanes = order.lanes_of(run) * images * world_size // run.data.global_batch
-        with _one_of(world_size), _training(run, images, data, num_lanes) as training:
-            training.model = training.method
-            timings.append(_time(training, images, beside, part_s))
-            gradient_bytes = _gradient_bytes(training)
-            if training.method.embeds and not epoch_start_s:
-                epoch_start_s = _mean(training, training.start_epoch, 0.0, at_least=1)
-    return _Found(gradient_bytes, epoch_start_s, tuple(timings))
+    # What comes before an epoch exchanges things whose meaning counts: there a rank is measured as the only one.
+    world_size = 1 if method.find(run.method.name).embeds else run.data.global_batch // images
+    num_lanes = order.lanes_of(run) * images * world_size // run.data.global_batch
+    with _one_of(world_size), _training(run, images, data, num_lanes) as training:
+        training.model = training.method
+        timing = _time(training, images, beside, part_s)
+        starts = is_first and training.method.embeds
+        epoch_start_s = _mean(training, training.start_epoch, 0.0, at_least=1) if starts else 0.0
+        return _Found(_gradient_bytes(training), epoch_start_s, timing)
 
 
 @contextmanager
@@ -261,7 +265,7 @@ def _talk(run: Run, data: Data) -> tuple[tuple[Collective, ...], Links]:
     """One of two ranks: what a step waits for besides the gradient, and how fast the machine's processes talk."""
     measured = [Measured(num_bytes, 2, _reduce_s(num_bytes)) for num_bytes in REDUCED_BYTES]
     parts = run.data.global_batch // run.train.micro_batch if run.train.micro_batch else 1
-    images = parts * math.ceil(COUNTED_IMAGES / parts)
+    images = parts * math.ceil(max(1, min(COUNTED_IMAGES, run.data.global_batch // 2)) / parts)
     with _training(run, images, data, collectives.world_size(), torch.device("cpu")) as training:
         training.model = training.method  # without DistributedDataParallel, whose all-reduces are known
         batches = training.batches()

@@ -11,7 +11,10 @@ Every rank must call the same collectives in the same order, with tensors of the
 from __future__ import annotations
 
 import datetime
+import logging
 import os
+import re
+import signal
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -20,14 +23,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distssl.errors import ConfigError, RunError
+from distssl.errors import ConfigError, RunError, first_line
 
 T = TypeVar("T")
 
 A_WEEK_S = 7 * 24 * 3600.0
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|MemoryAllocation|bad_alloc")  # torch, CUDA, DALI
 GPU_BACKEND = "cpu:gloo,cuda:nccl"  # nccl alone refuses CPU tensors, and figures and ids are such on a GPU too
+
+
+class NoMemoryError(RunError):
+    """A rank needed more than its device or machine has."""
 
 
 def init(backend: str | None = None, timeout_s: float = 1800.0) -> None:
@@ -66,6 +74,38 @@ def launch(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
     )
     results = api.elastic_launch(config, _in_group)(function, args)
     return [results[rank] for rank in range(world_size)]
+
+
+def attempt(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
+    """As `launch`, for ranks that fail alike or do not wait for each other.
+
+    Raises the ConfigError or RunError that one of them raises, and NoMemoryError where one has no room.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # what they log is in the error too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        answers = launch(_answer, world_size, function, args)
+    except ChildFailedError as error:
+        if any(failure.exitcode == -signal.SIGKILL for failure in error.failures.values()):
+            raise NoMemoryError("the system killed a rank, most likely for its memory") from None
+        raise
+    for answer in answers:
+        if isinstance(answer, (ConfigError, RunError)):
+            raise answer
+    return cast(list[T], answers)
+
+
+def _answer(function: Callable[..., T], args: tuple[Any, ...]) -> T | ConfigError | RunError:
+    try:
+        return function(*args)
+    except (ConfigError, RunError) as error:
+        return error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            return NoMemoryError(first_line(error))
+        raise
 
 
 def _in_group(function: Callable[..., T], args: tuple[Any, ...]) -> T:

@@ -6,6 +6,7 @@ was not measured and cannot be known is left open, and what is assumed is printe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -82,28 +83,49 @@ def make(
     folders = job.folders(run, ())
     planned = plan.of_run(run, Dataset.open(folders.data, run.machine), 1)
     device = measured.device if measured else calibrate.device()
-    if measured is None and (save or cluster is None or any(_tells_of(device, place) for place in places)):
-        measured = calibrate.measure(run, calibrate.Data(folders.data, folders.labelled), _batches(run))
+    asked = [place for place in places if _tells_of(device, place)]
+    if measured is None and (save or cluster is None or asked):
+        batches = _batches_of(run, asked) | (_batches(run, bool(save)) if save or cluster is None else set())
+        measured = calibrate.measure(run, calibrate.Data(folders.data, folders.labelled), batches)
     if save and measured:
         calibrate.save(measured, save)
     if cluster is None:
         assert measured
         places = _here(run, measured)
+    elif measured and measured.on_gpu and measured.too_large:  # a host has another memory than this machine
+        most = measured.too_large
+        places = [one for one in places if one not in asked or run.data.global_batch // one.world_size < most]
     rows = tuple(_row(run, planned, measured if _tells_of(device, place) else None, place) for place in places)
     return Forecast(planned, rows, tuple(_assumed(measured, rows, cluster)))
 
 
-def _batches(run: Run) -> list[tuple[int, int]]:
-    """(N, R) to measure: as workers would be on this machine, and alone as on many machines."""
-    fits = _world_sizes(run)
+def _batches(run: Run, save: bool) -> set[tuple[int, int]]:
+    """(N, R) to measure: as workers would be on this machine; to be kept, also alone and on several such machines."""
+    fits, batch = _world_sizes(run), run.data.global_batch
     num_gpus = torch.cuda.device_count()
-    room = num_gpus or os.cpu_count() or 1
-    spread = [(run.data.global_batch // world_size, 1) for world_size in fits[:MOST_MEASURED]]
-    beside = [(run.data.global_batch // world_size, world_size) for world_size in fits if 1 < world_size <= room]
-    if beside and num_gpus:  # as on several such machines
-        full = beside[-1][1]
-        beside += [(run.data.global_batch // n, full) for n in fits if n > full and n % full == 0][: MOST_MEASURED - 1]
-    return spread + beside[-MOST_MEASURED:]
+    here = [world_size for world_size in fits if world_size <= (num_gpus or os.cpu_count() or 1)]
+    found = {(batch // world_size, world_size) for world_size in _some(here)}
+    if save:
+        found |= {(batch // world_size, 1) for world_size in _some(fits)}
+    if save and num_gpus:
+        found |= {(batch // world_size, here[-1]) for world_size in _some([n for n in fits if n % here[-1] == 0])}
+    return found
+
+
+def _batches_of(run: Run, places: Sequence[Place]) -> set[tuple[int, int]]:
+    """(N, R) as workers would be there, as far as this machine has room for so many side by side."""
+    room = torch.cuda.device_count() or os.cpu_count() or 1
+    found = set()
+    for beside in {place.per_node for place in places}:
+        world_sizes = sorted({place.world_size for place in places if place.per_node == beside})
+        found |= {(run.data.global_batch // num, min(beside, room)) for num in _some(world_sizes)}
+    return found
+
+
+def _some(numbers: Sequence[int]) -> list[int]:
+    """At most MOST_MEASURED of them, the first and the last among them."""
+    num = min(len(numbers), MOST_MEASURED)
+    return [numbers[nth * (len(numbers) - 1) // max(num - 1, 1)] for nth in range(num)]
 
 
 def _world_sizes(run: Run) -> list[int]:
@@ -114,8 +136,10 @@ def _world_sizes(run: Run) -> list[int]:
 
 def _here(run: Run, measured: Calibration) -> list[Place]:
     gpu = measured.device if measured.on_gpu else None
+    most = measured.too_large or math.inf
     there = {timing.beside for timing in measured.timings}
-    return [Place(HERE, 1, num, gpu, None, None) for num in _world_sizes(run) if num in there]
+    fits = [num for num in _world_sizes(run) if num in there and run.data.global_batch // num < most]
+    return [Place(HERE, 1, num, gpu, None, None) for num in fits]
 
 
 def _on_cluster(run: Run, cluster: Mapping[str, Any]) -> list[Place]:
@@ -129,7 +153,7 @@ def _on_cluster(run: Run, cluster: Mapping[str, Any]) -> list[Place]:
         gbit_per_s = node.instance.network_gbit_per_s if node.instance else UNKNOWN_GBIT_PER_S
         links = Links.of_network(gbit_per_s, NETWORK_ALPHA_S)
         gpu = node.instance.gpu if node.instance else (UNKNOWN_GPU if _resources(of_type).get("GPU") else None)
-        for num in range(1, of_type.get("max_workers", cluster.get("max_workers", 1)) + 1):
+        for num in range(1, of_type["max_workers"] + 1):
             if num * per_node in fits:
                 bill = prices.bill(cluster, {name: num} | ({head: 1} if head else {}))
                 usd = None if bill.unknown else bill.usd_per_hour
@@ -149,7 +173,13 @@ def _worker_types(cluster: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         return {"host": {"max_workers": num, "resources": ours.get("worker") or {}}}
     if not isinstance(provider, Mapping) or not isinstance(types, Mapping):
         raise ConfigError("--cluster: no provider or available_node_types; a file as those in cluster/ is right")
-    return {name: of_type for name, of_type in types.items() if name != cluster.get("head_node_type")}
+    of_all = cluster.get("max_workers")
+    most = {name: of_type.get("max_workers", 1 if of_all is None else of_all) for name, of_type in types.items()}
+    return {
+        name: {**of_type, "max_workers": most[name] if of_all is None else min(most[name], of_all)}
+        for name, of_type in types.items()
+        if name != cluster.get("head_node_type")
+    }
 
 
 def _resources(node_type: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -217,8 +247,10 @@ def _assumed_of(measured: Calibration) -> list[str]:
     if measured.on_gpu:
         place += f", {measured.device}"
     rate, alpha_us = 1e-9 / measured.links.beta_s, measured.links.alpha_s * 1e6
+    full = [f"no memory there for {measured.too_large} images a worker"] if measured.too_large else []
     return [
         f"measured on {place}; torch threads a worker: {threads}",
+        *full,
         f"workers of one machine talk at {rate:.2g} GB/s and {alpha_us:.0f} us a message, as measured there",
         "not counted: start-up, evaluations, checkpoints, spot instances that are taken away",
     ]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import re
+import signal
 import time
 
 import pytest
@@ -182,3 +185,26 @@ def test_the_pool_raises_a_ranks_error_and_names_a_silent_rank_and_recovers(rank
     with pytest.raises(AssertionError, match=r"never_answer: rank \[1\] of 2 is silent"):
         pool.run(never_answer, timeout_s=1)
     assert pool.run(gather_transposed_bf16) == [True, True]
+
+
+def fails(how: str) -> None:
+    if how == "mistake":
+        raise ConfigError("a=1: 2 is right", "b=1: 2 is right")
+    if how == "killed" and collectives.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "told"),
+    [
+        ("mistake", ConfigError, "a=1: 2 is right\nb=1: 2 is right"),
+        ("killed", collectives.NoMemoryError, "the system killed a rank, most likely for its memory"),
+        ("too large", collectives.NoMemoryError, "can't allocate memory"),
+    ],
+)
+def test_what_a_rank_cannot_do_is_raised_where_it_was_asked_for(how: str, kind: type[Exception], told: str) -> None:
+    with pytest.raises(kind, match=re.escape(told)) as caught:
+        collectives.attempt(fails, 2, how)
+    if how == "mistake":
+        assert len(caught.value.messages) == 2  # type: ignore[attr-defined]

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distssl import calibrate, config, method, prices
+from distssl import calibrate, config, forecast, method, prices
 from distssl.calibrate import Calibration
+from distssl.config import Run
 from distssl.estimate import Collective, Links, Timing
+from distssl.forecast import Place
 from tests import runs
 from tests.conftest import Said
 
@@ -41,7 +43,7 @@ def given(settings: list[str], tmp_path: Path) -> Path:
     timings = tuple(Timing(n, 1, load_s=0.001 * n, compute_s=0.01 * n, step_s=0.01 * n) for n in (4, 8, 16))
     blocking: tuple[Collective, ...] = ()
     links = Links(1e-4, 1e-9)
-    made = Calibration("a machine", 4, calibrate.CPU, {1: 4}, of, 1_000_000, blocking, links, 0.0, timings)
+    made = Calibration("a machine", 4, calibrate.CPU, {1: 4}, of, 1_000_000, blocking, links, 0.0, timings, None)
     calibrate.save(made, tmp_path / "given.json")
     return tmp_path / "given.json"
 
@@ -98,6 +100,50 @@ def test_plan_prices_every_number_of_workers_that_fits(
     assert 150 < speeds[2] < 400
     assert prices.table().date in out
     assert "check them" in out
+
+
+def test_plan_goes_no_further_than_the_whole_cluster(
+    plan: Callable[..., Said], settings: list[str], given: Path, tmp_path: Path
+) -> None:
+    file = cluster(tmp_path, "c6i.2xlarge", max_workers=2)
+    code, out, err = plan(*settings, "--cluster", file, "--calibration", given)
+    assert code == 0, err
+    assert [row[:2] for row in rows(out)] == [["1 worker", "1"], ["2 worker", "2"]]
+
+
+def test_plan_measures_the_batches_of_the_places_asked_about(
+    plan: Callable[..., Said],
+    settings: list[str],
+    given: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a global batch of 16: a rank of it alone where each host has one, and never all of it where none is asked."""
+    asked: list[set[tuple[int, int]]] = []
+
+    def measure(run: Run, data: object, batches: set[tuple[int, int]]) -> Calibration:
+        asked.append(batches)
+        return calibrate.load(given, run)
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    for limits in ({}, {"max_workers": 2}):
+        code, _, err = plan(*settings, "--cluster", cluster(tmp_path, "c6i.2xlarge", **limits))
+        assert code == 0, err
+    assert asked == [{(4, 1), (8, 1), (16, 1)}, {(8, 1), (16, 1)}]
+    lanes = ["data.lanes=64", "data.global_batch=64"]
+    run = config.load(launch.DEFAULT_CONFIG, [*settings, *lanes], method.options)
+    several = [Place("worker", num, 4, None, None, None) for num in range(1, 17) if 64 % (4 * num) == 0]
+    assert {images for images, _ in forecast._batches_of(run, several)} == {16, 8, 4, 1}
+
+
+def test_a_batch_without_memory_on_the_gpu_is_not_foretold(
+    plan: Callable[..., Said], settings: list[str], given: Path, tmp_path: Path
+) -> None:
+    given.write_text(json.dumps(json.loads(given.read_text()) | {"device": "NVIDIA L4", "too_large": 16}))
+    code, out, err = plan(*settings, "--cluster", cluster(tmp_path, "g6.xlarge"), "--calibration", given)
+    assert code == 0, err
+    assert [row[1] for row in rows(out)] == ["2", "4"]
+    assert "no memory there for 16 images a worker" in out
 
 
 def test_plan_invents_no_speed_for_a_gpu_it_has_not_seen(

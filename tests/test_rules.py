@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from distssl import config, method
+from distssl import config, method, settings, sweep
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "distssl").rglob("*.py"))
 CONFIGS = [ROOT / "configs/default.yaml", *sorted((ROOT / "configs/pretrain").glob("*.yaml"))]
+
+SWEEPS = sorted((ROOT / "configs/sweep").glob("*.yaml"))
 
 # Data-flow order: a module imports only from its own level and those before it.
 LEVELS = [
@@ -105,6 +108,19 @@ def test_a_file_has_at_most_300_lines(path: Path) -> None:
 def test_a_config_loads_and_builds(path: Path) -> None:
     run = config.load(path, [], method.options)
     assert method.build(run).backbone.num_features > 0
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_sweep_loads_and_what_it_changes_are_keys_of_a_run(path: Path) -> None:
+    """As far as it can be known without its runs."""
+    swept = sweep.parse(settings.read(path, []))
+    for point in sweep.corners(swept):
+        changes = [f"{key}={json.dumps(value)}" for key, value in point.items() if key not in sweep.OWN_KEYS]
+        config.load(CONFIGS[0], [*swept.overrides, *changes], method.options)
+
+
+def test_every_config_is_of_a_kind_that_is_tested() -> None:
+    assert set(CONFIGS) | set(SWEEPS) == set((ROOT / "configs").rglob("*.yaml"))
 
 
 def test_importing_distssl_starts_nothing() -> None:

@@ -1,6 +1,7 @@
 """What can be known of an AWS cluster before it costs money, and the security group that Ray would open to the world.
 
-Ray adds SSH from 0.0.0.0/0 to a group without rules: ours is made beforehand, with the rules of the cluster file.
+Ray adds SSH from 0.0.0.0/0 to a group without rules: ours is made beforehand, with the rules of the cluster file. And
+it looks for subnets in every VPC of the account, unless it is told a group: then in that group's.
 """
 
 from __future__ import annotations
@@ -63,24 +64,36 @@ def make_security_group(file: ClusterFile) -> None:
     """
     with said_of(file):
         client = _client(file, "ec2")
+        wanted = file.config["provider"]["security_group"]
         found = _security_groups(file, client)
         if not found:
-            wanted = file.config["provider"]["security_group"]
             tags = [{"Key": TAG, "Value": file.name}, {"Key": "Name", "Value": f"{file.name}-hosts"}]
-            made = client.create_security_group(
+            client.create_security_group(
                 GroupName=wanted["GroupName"],
                 Description=f"Hosts of the Ray cluster {file.name}",
                 VpcId=_vpc(file, client),
                 TagSpecifications=[{"ResourceType": "security-group", "Tags": tags}],
             )
-            among = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": made["GroupId"]}]}
-            client.authorize_security_group_ingress(
-                GroupId=made["GroupId"], IpPermissions=[among, *wanted["IpPermissions"]]
-            )
-            found = client.describe_security_groups(GroupIds=[made["GroupId"]])["SecurityGroups"]
-    open_to = [cidr for group in found for rule in group["IpPermissions"] for cidr in _cidrs(rule) if cidr in WORLD]
+            found = _security_groups(file, client)
+        group = found[0]["GroupId"]
+        if not found[0]["IpPermissions"]:  # new, or left so by a start that was cut off
+            among = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
+            client.authorize_security_group_ingress(GroupId=group, IpPermissions=[among, *wanted["IpPermissions"]])
+            found = _security_groups(file, client)
+    open_to = [cidr for rule in found[0]["IpPermissions"] for cidr in _cidrs(rule) if cidr in WORLD]
     if open_to:
-        raise ConfigError(f"{file.path}: security group {found[0]['GroupId']} admits {open_to[0]}: remove that rule")
+        raise ConfigError(f"{file.path}: security group {group} admits {open_to[0]}: remove that rule")
+
+
+def keep_to_security_group(file: ClusterFile) -> None:
+    """Have Ray use the group where it is there, in node_configs that name none, instead of making one of its own."""
+    nodes = [kind["node_config"] for kind in file.config["available_node_types"].values()]
+    bare = [node for node in nodes if "SecurityGroupIds" not in node and "NetworkInterfaces" not in node]
+    if bare:
+        with said_of(file):
+            found = _security_groups(file, _client(file, "ec2"))
+        for node in bare if found else ():
+            node["SecurityGroupIds"] = [found[0]["GroupId"]]
 
 
 def remove_security_group(file: ClusterFile) -> None:

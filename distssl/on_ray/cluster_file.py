@@ -153,7 +153,9 @@ def _check_security(path: Path, tree: Mapping[str, Any]) -> None:
     """Ray's job interface runs any code, so it must neither answer strangers nor answer without the token."""
     mistakes: list[str] = []
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        for command in tree.get(key, []):
+        if key not in tree:
+            mistakes.append(f"{path}: {key}: missing, and Ray's own have no token; cluster/aws.yaml has some")
+        for command in tree.get(key) or []:
             if "ray start" not in command:
                 continue
             if "RAY_AUTH_MODE=token" not in command:

@@ -48,7 +48,7 @@ def logs(job: Job = None, cluster: ClusterFile = None, address: Address = None) 
 
 @app.command()
 def stop(job: Job = None, cluster: ClusterFile = None, address: Address = None) -> None:
-    """Have a job save a checkpoint and stop; the cluster stays."""
+    """Have a pretraining save a checkpoint and stop; other jobs end at once. The cluster stays."""
     _speak("stop", job, cluster=cluster, address=address)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 
 from ray.autoscaler._private.providers import _get_node_provider
@@ -42,8 +43,11 @@ def _has_work(client: JobSubmissionClient) -> bool:
 
 
 def end_all() -> None:
-    """Terminate the workers, then this host."""
+    """Terminate the workers, then this host; on hosts that are always there, Ray, without which workers end too."""
     config = prepare_config(settings.read_file(place.HEAD_CONFIG.expanduser()))
+    if config["provider"]["type"] == "local":  # whose provider would only note it
+        subprocess.Popen(["ray", "stop"], start_new_session=True)
+        return
     provider = _get_node_provider(config["provider"], config["cluster_name"])
     for kind in ("worker", "head"):
         nodes = provider.non_terminated_nodes({"ray-node-type": kind})

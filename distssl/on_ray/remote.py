@@ -170,9 +170,9 @@ class Cluster:
         self.say(f"job {job} on {self.name}")
         self.say(f"dashboard:   {self.way.dashboard}")
         self.say(f"its token:   cat {token.FILE}")
-        if self.way.tensorboard and jobs.running(self.client, BOARD, "service"):
-            self.say(f"TensorBoard: {self.way.tensorboard}")
         try:
+            if self.way.tensorboard and jobs.running(self.client, BOARD, "service"):
+                self.say(f"TensorBoard: {self.way.tensorboard}")
             return jobs.follow(self.way, job, lambda text: self.console.out(text, end="", highlight=False), self.say)
         except KeyboardInterrupt:
             self.say(f"\nlet go of {job}, which goes on. Come back: python launch.py attach {job} {self.options}")
@@ -185,13 +185,20 @@ class Cluster:
             self.say(f"job {job} goes on by itself. Watch it: python launch.py attach {job} {self.options}")
             return 0
         code = self.follow(job)
-        if code == LET_GO and not jobs.wait(self.client, job, 0):
+        if code == LET_GO and not self._has_ended(job):
             return code
         if self.target.down_when_done and self.file:
             self._down()
         elif self.file:
             self.say_idle()
         return code
+
+    def _has_ended(self, job: str) -> bool:
+        """Where nobody answers, it goes on."""
+        try:
+            return jobs.wait(self.client, job, 0)
+        except RunError:
+            return False
 
     def _down(self) -> None:
         """Take it down, unless somebody else's job runs on it."""

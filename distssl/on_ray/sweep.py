@@ -127,7 +127,7 @@ class EarlierBatches(FIFOScheduler):
         self.reached: dict[int, dict[int, float]] = {}  # rung -> trial -> value
 
     def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
-        self.numbers[trial.trial_id] = len(self.numbers)
+        self.numbers.setdefault(trial.trial_id, len(self.numbers))  # Tune adds one that it tries again once more
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         if self.swept.halving is None or "step" not in result:

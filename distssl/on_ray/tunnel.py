@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -22,6 +23,19 @@ ANSWERS_S = 90  # the dashboard of a head that has just started may take its tim
 TRY_S = 1.0
 
 Self = TypeVar("Self", bound="Way")
+
+
+class Client(JobSubmissionClient):
+    """Says in a line what Ray's says in a page: that nobody answers, or what the head refuses. Raises RunError."""
+
+    def _do_request(self, *request: Any, **kwargs: Any) -> requests.Response:
+        try:
+            return super()._do_request(*request, **kwargs)
+        except requests.RequestException as error:
+            raise RunError(f"{self._address}: the connection is lost: {first_line(error)}") from None
+
+    def _raise_error(self, r: requests.Response) -> NoReturn:
+        raise RunError(f"{self._address}: {r.status_code}: {(r.text.strip().splitlines() or [''])[-1]}")
 
 
 class Way:
@@ -51,7 +65,7 @@ class Way:
         while True:
             self._keep_tunnel()
             try:
-                return JobSubmissionClient(self.dashboard)
+                return Client(self.dashboard)
             except AuthenticationError:
                 raise ConfigError(f"{self.dashboard}: the token of {token.FILE} is not the cluster's") from None
             except (ConnectionError, RuntimeError, OSError) as error:
@@ -77,7 +91,7 @@ class Way:
         """Open it, and again where it broke."""
         if self.file is None or self.ports is None or (self._tunnel is not None and self._tunnel.poll() is None):
             return
-        path = self.file.write()
+        path = cluster.written(self.file)
         pairs = list(zip(self.ports, (DASHBOARD, TENSORBOARD), strict=True))
         code = f"import sys; from ray.autoscaler.sdk import *; run_on_cluster(sys.argv[1], port_forward={pairs})"
         with open(path.with_name("tunnel.log"), "ab") as said:

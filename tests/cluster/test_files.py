@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from distssl import prices, settings
 from distssl.errors import ConfigError
 from distssl.on_ray.cluster_file import PLACEHOLDER, ClusterFile
 
@@ -105,9 +106,9 @@ def test_a_file_over_another_merges_mappings_and_replaces_lists(aws: dict[str, A
 
 def test_workers_are_one_a_gpu(aws: dict[str, Any], tmp_path: Path) -> None:
     room = ClusterFile(written(tmp_path, aws)).workers({"head": {"CPU": 0}, "worker": {"CPU": 48, "GPU": 4}})
-    assert (room.most, room.cpus, room.gpus) == (32, 12, 1)
+    assert (room.most, room.cpus, room.gpus) == (8, 12, 1)
     room = ClusterFile(written(tmp_path, aws)).workers({"head": {"CPU": 0}, "worker": {"CPU": 8}})
-    assert (room.most, room.cpus, room.gpus) == (8, 8, 0)
+    assert (room.most, room.cpus, room.gpus) == (2, 8, 0)
 
 
 def test_policies_are_no_wider_than_the_bucket_and_the_cluster() -> None:
@@ -185,6 +186,23 @@ def test_the_ray_job_has_the_shape_that_kuberay_takes() -> None:
     jsonschema.validate(tree, RAY_JOB)
     environment = yaml.safe_load(tree["spec"]["runtimeEnvYAML"])["env_vars"]
     assert set(json.loads(environment["DISTSSL_WORKERS"])) == {"most", "cpus", "gpus"}
+
+
+def test_the_submitter_of_the_ray_job_reaches_the_dashboard_by_the_token() -> None:
+    spec = yaml.safe_load((ROOT / "cluster/kuberay.yaml").read_text())["spec"]
+    assert spec["submissionMode"] == "K8sJobMode"  # a pod of its own
+    assert "dashboard-host" not in spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+@pytest.mark.parametrize(("name", "spot"), [("aws", False), ("aws-spot", True), ("gcp", False)])
+def test_a_head_says_the_prices_of_the_table(name: str, spot: bool) -> None:
+    tree = settings.read_extending(ROOT / f"cluster/{name}.yaml", "--cluster")
+    nodes = prices.nodes(tree)
+    assert nodes["worker"].is_spot == spot
+    costs = (ROOT / f"cluster/{name}.yaml").read_text().partition("# Costs:")[2].partition("# Has run:")[0]
+    for node in nodes.values():
+        assert f" {node.usd_per_hour:.2f} " in costs
 
 
 def test_the_slurm_script_is_a_script() -> None:

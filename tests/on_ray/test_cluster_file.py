@@ -17,6 +17,10 @@ START = "RAY_AUTH_MODE=token ray start"
 
 @pytest.fixture
 def aws() -> dict[str, Any]:
+    return minimal()
+
+
+def minimal() -> dict[str, Any]:
     """As little as a file for AWS may have."""
     node = {"InstanceType": "g5.12xlarge", "ImageId": "ami-1"}
     rule = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": "192.0.2.7/32"}]}
@@ -66,6 +70,8 @@ def test_workers_share_the_cpus_of_a_host_that_are_not_kept(
         ("available_node_types.worker.node_config.InstanceType", "worker.node_config.InstanceType: missing"),
         ("available_node_types.head.node_config.ImageId", "head.node_config.ImageId: missing"),
         ("provider.region", "provider.region: missing"),
+        ("head_start_ray_commands", "head_start_ray_commands: missing, and Ray's own have no token"),
+        ("worker_start_ray_commands", "worker_start_ray_commands: missing, and Ray's own have no token"),
     ],
 )
 def test_what_a_file_leaves_out_is_named_before_anything_is_asked(

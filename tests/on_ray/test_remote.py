@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.job_submission import JobDetails, JobStatus, JobType
 from rich.console import Console
 
-from distssl.errors import ConfigError
-from distssl.on_ray import remote
+from distssl.errors import ConfigError, RunError
+from distssl.on_ray import jobs, remote
 from distssl.on_ray.place import Workers
 from distssl.on_ray.remote import Cluster, Errand
 from distssl.on_ray.target import Target
@@ -59,3 +64,88 @@ def test_a_job_is_found_again_by_the_same_settings_and_refused_by_others(capsys:
         there.submit(Errand("mine", command, other), None)
     assert there.submit(Errand("another", command, other), None) == "another-1"
     assert [job.submission_id for job in head.jobs] == ["mine-1", "another-1"]
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A dashboard with one job, which runs."""
+
+    def do_GET(self) -> None:
+        job: dict[str, object] = {
+            "type": "SUBMISSION",
+            "submission_id": "mine-1",
+            "status": "RUNNING",
+            "entrypoint": "python launch.py",
+        }
+        job["metadata"] = {"project": jobs.PROJECT, "kind": "work", jobs.NAME: "mine"}
+        version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "x", "session_name": "x"}
+        text = json.dumps({"/api/version": version, "/api/jobs/": [job]}.get(self.path, job)).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """It says nothing."""
+
+
+@pytest.fixture
+def dashboard() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Its URL, and how to end it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+
+    yield f"http://127.0.0.1:{server.server_address[1]}", end
+    end()
+
+
+def asked(there: Cluster) -> list[Callable[[], object]]:
+    """What commands ask a head that they found."""
+    job = jobs.choose(there.client, "mine")
+    return [
+        lambda: remote.stop(there, job),
+        lambda: jobs.choose(there.client, None),
+        lambda: jobs.wait(there.client, "mine-1", 5),
+        lambda: there.client.get_job_logs("mine-1"),
+        lambda: there.submit(Errand("mine", ["pretrain"]), None),
+    ]
+
+
+def test_a_head_that_stops_answering_is_told_in_a_line(dashboard: tuple[str, Callable[[], None]]) -> None:
+    url, end = dashboard
+    with Cluster(Target(None, url), Console()) as there:
+        there.find()
+        calls = asked(there)
+        end()
+        for call in calls:
+            with pytest.raises(RunError, match=rf"^{url}: the connection is lost: [^\n]*$"):
+                call()
+
+
+def test_a_ctrl_c_lets_go_of_a_job_whose_head_does_not_answer(
+    dashboard: tuple[str, Callable[[], None]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, end = dashboard
+
+    def interrupted(*given: object) -> int:
+        end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "follow", interrupted)
+    monkeypatch.setattr(Cluster, "submit", lambda *given: "mine-1")
+    with Cluster(Target(None, url), Console()) as there:
+        assert there.run(Errand("mine", ["pretrain"])) == remote.LET_GO
+    assert f"Come back: python launch.py attach mine-1 --address {url}" in capsys.readouterr().out
+
+
+def test_what_a_head_refuses_is_told_in_a_line(
+    dashboard: tuple[str, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answers, "do_DELETE", lambda self: self.send_error(404), raising=False)
+    with Cluster(Target(None, dashboard[0]), Console()) as there:
+        there.find()
+        with pytest.raises(RunError, match=rf"^{dashboard[0]}: 404: [^\n]*$"):
+            there.client.delete_job("gone-1")

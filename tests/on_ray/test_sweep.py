@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.tune.experiment import Trial as RayTrial
 
 from distssl import report, sweep
 from distssl.errors import ConfigError
@@ -186,6 +187,16 @@ def test_a_trial_goes_on_if_it_is_among_the_best_of_earlier_batches() -> None:
     assert scheduler.goes_on(3, 10, 0.1) is False
     assert scheduler.goes_on(2, 10, 0.3) is True
     assert scheduler.goes_on(4, 20, 0.0) is True  # the first at this rung
+
+
+def test_a_trial_that_is_tried_again_keeps_its_number() -> None:
+    """As Tune does it: to try a trial again is to tell the scheduler of it again."""
+    space: Any = {"labels": {"choice": [1]}}
+    scheduler = EarlierBatches(Sweep(name="x", runs=("x",), parallel=2, space=space))
+    trials = [RayTrial("_trial", stub=True, trial_id=name) for name in "abc"]
+    for trial in (*trials[:2], trials[0], trials[2]):
+        scheduler.on_trial_add(None, trial)
+    assert scheduler.numbers == {"a": 0, "b": 1, "c": 2}
 
 
 def test_rungs_are_below_the_number_of_steps() -> None:
