@@ -106,7 +106,7 @@ def sweep(
 
     swept = sweeps.load(config_file, overrides)
     console.print(f"sweep {swept.name}: {swept.num_trials} trials of {swept.task}, {swept.parallel} at a time")
-    outcomes = on_ray.run(swept, lambda outcome: console.print(report.outcome(outcome), soft_wrap=True, markup=False))
+    outcomes = on_ray.run(swept, report.SweepProgress(swept, console))
     if outcomes is None:
         errors.print("stopped; the same command goes on with what is left of the trials")
         raise typer.Exit(here.STOPPED)

@@ -1,8 +1,10 @@
-"""What a run tells at its end."""
+"""What a run tells at its end, and a sweep as it goes."""
 
 from __future__ import annotations
 
+import datetime
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +51,27 @@ def outcome(done: Outcome) -> str:
     """A trial that has ended, in one line."""
     point = ", ".join(f"{key}={_value(value)}" for key, value in done.point.items())
     return f"trial {done.number}: {_came_of(done)} ({point})"
+
+
+class SweepProgress:
+    """Prints a line when a trial has ended: how many have, what came of it, the best so far and the time left."""
+
+    def __init__(self, swept: Sweep, console: Console) -> None:
+        self.swept, self.console = swept, console
+        self.outcomes: list[Outcome] = []
+        self._started = time.monotonic()
+
+    def __call__(self, done: Outcome) -> None:
+        from distssl import sweep
+
+        self.outcomes.append(done)
+        num, total = len(self.outcomes), self.swept.num_trials
+        best = sweep.best(self.swept, self.outcomes)
+        parts = [f"{num}/{total}  {outcome(done)}", f"best: trial {best.number}, {best.value:.4f}" if best else ""]
+        if num < total:
+            left_s = (time.monotonic() - self._started) / num * (total - num)
+            parts.append(f"about {datetime.timedelta(seconds=round(left_s))} left")
+        self.console.print("; ".join(filter(None, parts)), soft_wrap=True, markup=False)
 
 
 def show_sweep(swept: Sweep, outcomes: Sequence[Outcome], console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from distssl import monitor, progress
+from distssl import monitor, progress, report, sweep
 
 TOTAL = 40
 
@@ -106,3 +107,18 @@ def test_the_end_of_a_run_that_never_logged_is_no_wait(told: io.StringIO, tmp_pa
         pass
     assert time.monotonic() - started < 5
     assert told.getvalue() == ""
+
+
+def test_a_sweep_tells_how_far_it_is_and_the_best_so_far() -> None:
+    space = {"eval.fit.lr": {"log_uniform": [0.001, 0.1]}}
+    swept = sweep.Sweep(name="x", runs=("a",), task="finetune", num_trials=3, space=space)  # pyright: ignore[reportArgumentType]
+    told = io.StringIO()
+    tell = report.SweepProgress(swept, plain(told))
+    for number, value, error in ((1, None, "its processes died"), (0, 0.25, None), (2, 0.5, None)):
+        tell(sweep.Outcome(number, {"eval.fit.lr": 0.01}, value, 9, error=error))
+    first, second, third = told.getvalue().splitlines()
+    assert re.fullmatch(
+        r"1/3  trial 1: failed: its processes died \(eval\.fit\.lr=0\.01\); about \d:\d\d:\d\d left", first
+    )
+    assert re.fullmatch(r"2/3  trial 0: 0\.2500 .*; best: trial 0, 0\.2500; about \d:\d\d:\d\d left", second)
+    assert third == "3/3  trial 2: 0.5000 (eval.fit.lr=0.01); best: trial 2, 0.5000"
