@@ -27,7 +27,7 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.downstream.rows import BACKBONES, Row, read_summary, write_summary
 
-METHODS = ("simclr", "moco_v2", "byol", "barlow_twins", "vicreg", "swav", "rotation", "deepcluster_v2")
+METHODS = ("simclr", "moco_v2", "byol", "barlow_twins", "vicreg", "vibcreg", "rotation", "deepcluster_v2")
 REFERENCES = tuple(name for name in BACKBONES if name != "pretrained")
 ROWS = Path(__file__).parent / "results"
 
