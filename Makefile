@@ -11,7 +11,7 @@ demo: $(VENV)/demo
 
 # One process for the tests of clusters, which wait for most of their time, and two for the others.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .

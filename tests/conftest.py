@@ -24,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.buckets import bucket, object_store, unreliable  # noqa: F401 - fixtures of the whole suite
 
 ROOT = Path(__file__).parent.parent
+CLUSTERS = "tests/cluster/"
 
 # Before torch is there. Tests' tensors are so small that a second thread only waits for the first: on a machine that
 # does other work too, training tests took a hundred times as long with two.
@@ -147,11 +150,19 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs ranks; and what one process of `pytest -n` has to itself: a file, or all tests of clusters."""
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.dist)
-        is_cluster = item.path.parent.name == "cluster"  # each is many hosts, and waits for most of its time
-        item.add_marker(pytest.mark.xdist_group("cluster" if is_cluster else str(item.path.relative_to(ROOT))))
+
+
+class ByFile(LoadFileScheduling):
+    """What `pytest -n` gives to one process: a file, or all tests of clusters, which are many hosts each."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return CLUSTERS if file.startswith(CLUSTERS) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
