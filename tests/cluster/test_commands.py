@@ -69,7 +69,7 @@ def test_verify_evaluate_and_sweep_on_two_hosts(pair: TwoHosts, store: buckets.S
     assert code == 0, said
     outcomes = [json.loads(line) for line in read(store, "sweeps/tiny/outcomes.jsonl").splitlines()]
     assert [outcome["error"] for outcome in outcomes] == [None] * 3
-    (before,) = re.findall(r"^trial 0: .*", first.said, re.MULTILINE)
+    (before,) = re.findall(r"trial 0: .*?\)", first.said)
     assert before in said
     assert f"\npython launch.py evaluate {bucket}/runs/base --task finetune " in said
 
