@@ -93,7 +93,8 @@ class Train(Section):
     precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
     log_every: PositiveInt = Field(default=10, description="optimiser steps")
     on_collapse: Literal["warn", "stop"] = Field(
-        default="warn", description="when all embeddings are alike, or of one dimension, three log lines in a row"
+        default="warn",
+        description="when all embeddings are alike, or of one or two dimensions, three log lines in a row",
     )
 
 
