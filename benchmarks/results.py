@@ -105,14 +105,14 @@ def complete(
 
 
 def render(found: Found) -> str:
-    """Markdown: a line a backbone, a column a task; then a line a task, and what each method of several seeds adds."""
+    """Markdown: a line a task, a column a backbone; then what each method of several seeds adds."""
     places = [place for exam in EXAMS for place in _places(exam, found)]
     titles = [_title(place) for place in places]
-    lines = [provenance.describe(), "", f"| backbone | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    for name in (*REFERENCES, *METHODS):
-        if rows := _of(found, name, 0):
-            texts = [report.shown(rows[place]) if place in rows else "" for place in places]
-            lines.append(f"| {name} | {' | '.join(texts)} |")
+    columns_of = {name: rows for name in (*REFERENCES, *METHODS) if (rows := _of(found, name, 0))}
+    lines = [provenance.describe(), "", f"| | {' | '.join(columns_of)} |", "|---" * (len(columns_of) + 1) + "|"]
+    for place, title in zip(places, titles, strict=True):
+        texts = [report.shown(rows[place]) if place in rows else "" for rows in columns_of.values()]
+        lines.append(f"| {title} | {' | '.join(texts)} |")
     several = [name for name in METHODS if (name, 1) in found]
     columns = [(name, reference) for name in several for reference in REFERENCES]
     if columns:
