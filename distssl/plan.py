@@ -131,8 +131,12 @@ def of_labelled(run: Run, dataset: Dataset, world_size: int) -> LabelledStream:
 
 def learns_beside_its_test(run: Run) -> bool:
     """Whether the labelled stream and the test are parts of the same labels."""
-    judged = run.eval.source or run.data.source
-    return run.eval.test_source is None and judged == (run.data.labelled or run.data.source)
+    return is_tested_on(run, run.data.labelled or run.data.source)
+
+
+def is_tested_on(run: Run, source: str) -> bool:
+    """Whether the test is a part that is held out of a source's labels."""
+    return run.eval.test_source is None and (run.eval.source or run.data.source) == source
 
 
 def of_run(run: Run, dataset: Dataset, world_size: int) -> Plan:

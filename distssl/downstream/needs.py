@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distssl import config, method
+from distssl import config, method, plan
 from distssl.config import Run
 from distssl.data.shards import Dataset
 from distssl.downstream import fit, labels
@@ -103,9 +103,10 @@ def missing(run: Run, sets: Sequence[Dataset], kind: str) -> str | None:
 
 def _has_learnt(run: Run, kind: str) -> bool:
     """Whether the method has learnt from all labels of this kind, those too that are held out of them for the test."""
+    if kind != "mask" or not plan.is_tested_on(run, run.data.source):
+        return False
     chosen = method.find(run.method.name)
-    same = run.eval.test_source is None and run.eval.source in (None, run.data.source)
-    return same and kind == "mask" and chosen.reads_masks(chosen.Config(**run.method.options))
+    return chosen.reads_masks(chosen.Config(**run.method.options))
 
 
 def few(data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:
