@@ -84,7 +84,8 @@ def check_batches(run: Run, train: Dataset, test: Dataset | None, world_size: in
     for task in _fitted(run.eval.backbones or (), run.eval.tasks):
         if run.eval.source or labels.has(train, kind(task)):
             data, recipe = labelled(run, train, test, kind(task)), network(task).recipe.asked(run.eval.fit)
-            for how_many in run.eval.labels if task in WITH_FEW_LABELS else (None,):
+            by_few = task in WITH_FEW_LABELS and task in run.eval.tasks  # a supervised backbone learns from all
+            for how_many in run.eval.labels if by_few else (None,):
                 fit.batch_of(recipe, len(few(data, kind(task), how_many, 0)), world_size)
 
 

@@ -138,6 +138,8 @@ def follow(way: Way, job: str, show: Tell, say: Tell) -> int:
             details = client.get_job_info(job)
             if details.status in ENDED:
                 log.add(0, client.get_job_logs(job))
+                if details.status == JobStatus.FAILED and details.driver_exit_code is None:
+                    say(f"job {job} failed with no exit code of its own: {details.message}")  # its log cannot say why
                 return _exit_code(details)
             lost_at = None
         except (RunError, *LOST) as error:

@@ -245,5 +245,7 @@ def test_batches_that_the_workers_cannot_share_are_told_before_the_training(phot
         job.prepare(tiny(*fit[:2], "eval.labels=[null,3]"), 4)
     with pytest.raises(ConfigError, match=r"eval\.fit\.batch=8"):  # the supervised backbone is a network of finetune
         job.prepare(tiny("eval.tasks=[knn]", "eval.backbones=[supervised]", *fit[1:]), 16)
+    few = ["eval.tasks=[linear]", "eval.backbones=[supervised]", fit[1], "eval.labels=[3]"]
+    job.prepare(tiny("name=all", *few), 4)  # where it is no task itself it learns from all labels, and 4 share 8
     job.prepare(tiny("eval.tasks=[knn]", *fit[1:]), 16)
     job.prepare(tiny("name=other", *fit), 8)

@@ -1,4 +1,4 @@
-"""What is shown of a job's log, what is shipped, and which interface hosts speak by."""
+"""What is shown of a job's log and end, what is shipped, and which interface hosts speak by."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from typing import Any
 
+import pytest
+from ray.job_submission import JobDetails, JobType
 from ray.train.torch.config import _is_backend_nccl
 
 from distssl import collectives
@@ -48,3 +52,40 @@ def test_workers_with_gpus_have_a_group_for_tensors_of_both_devices() -> None:
 def test_the_interface_of_an_address() -> None:
     assert network.interface_of("127.0.0.1") in dict(socket.if_nameindex()).values()
     assert network.interface_of("192.0.2.1") is None  # an address for documentation
+
+
+class Head:
+    """A way to a head whose one job has ended."""
+
+    def __init__(self, **details: Any) -> None:
+        self.details = JobDetails(type=JobType.SUBMISSION, entrypoint="python launch.py", **details)
+
+    def connect(self, within_s: float) -> Head:
+        return self
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "its log\n"
+
+    def get_job_logs(self, job: str) -> str:
+        return "its log\n"
+
+    def get_job_info(self, job: str) -> JobDetails:
+        return self.details
+
+
+@pytest.mark.parametrize(
+    ("details", "code", "reason"),
+    [
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0, ""),
+        ({"status": "FAILED", "driver_exit_code": 2, "message": "its last lines"}, 2, ""),
+        ({"status": "STOPPED"}, 130, ""),
+        ({"status": "FAILED", "message": "its host died"}, 1, "failed with no exit code of its own: its host died"),
+    ],
+)
+def test_how_a_job_ended_and_why_where_its_log_cannot_say(details: dict[str, Any], code: int, reason: str) -> None:
+    shown: list[str] = []
+    said: list[str] = []
+    head: Any = Head(**details)
+    assert jobs.follow(head, "mine-1", shown.append, said.append) == code
+    assert "".join(shown) == "its log\n"
+    assert said == ([f"job mine-1 {reason}"] if reason else [])
