@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -25,6 +26,7 @@ NUM_SHOWN = 8  # clusters in a montage, and images of each
 
 def run(
     cfg: Run,
+    dtype: torch.dtype,
     method: Method,
     optimizer: torch.optim.Optimizer,
     step: int,
@@ -35,7 +37,7 @@ def run(
 ) -> dict[str, float]:
     """The method's `on_epoch_start` at optimiser step `step`, and what there is to log of it. Every rank calls it."""
     started = time.perf_counter()
-    how = Extraction.of_run(cfg, context.device)
+    how = dataclasses.replace(Extraction.of_run(cfg, context.device), dtype=dtype)
     features_ = _embedded(method, dataset, how, context, bad) if method.wants_features(method.epoch) else None
     before = _clusters(method)
     figures = method.on_epoch_start(method.epoch, features_)

@@ -57,9 +57,10 @@ class Training:
         self.plan = plan.of_run(run, dataset, context.world_size)
         self.warmup_steps = round(run.train.warmup_epochs * self.plan.steps_per_epoch)
         self.quarantine = quarantine.Quarantine()
-        self.dtype = precision.resolve(run.train.precision, context.device)
         precision.speed_up_float32_matmul(context.device)
         state = mirrored.newest(context, context.run_dir)
+        began = state.get("precision") if state else None
+        self.dtype = precision.kept(began, run.train.precision, context.device)
         start = None if state else Weights.kept(run.model, context)
         self.method = norm.placed(method.build(run, start), context.device, self.dtype)
         if self.plan.micro_batches:
@@ -119,7 +120,7 @@ class Training:
         self.method.epoch = self.plan.epoch(self.step)
         place = self.dataset, self.context, self.quarantine, self.monitor
         with self.window.paused():
-            self.news = epoch_start.run(self.cfg, self.method, self.optimizer, self.step, *place)
+            self.news = epoch_start.run(self.cfg, self.dtype, self.method, self.optimizer, self.step, *place)
 
     def take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """One optimiser step: `accumulate` batches forward and backward, then the update."""
@@ -276,6 +277,7 @@ class Training:
                 "dataset": self.dataset.fingerprint,
                 "labelled": self.labelled.fingerprint if self.labelled else None,
                 "metrics": self.metrics,
+                "precision": precision.name_of(self.dtype),
             }
         )
 

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +48,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Record:
-    """What three steps left, of all ranks."""
+    """What three steps left."""
 
     views: dict[tuple[str, int], str]  # (stream and batch, sample id) -> digest
     losses: list[float]  # of the global batch
-    gradients: list[Tensor]  # float64 [P] each
-    state: dict[str, Tensor]
+    gradients: list[Tensor]  # float64 [P] each, after the mean over ranks
+    states: list[dict[str, Tensor]]  # of each rank
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _here(packed: Path, folder: Path, cases: Sequence[Case], world_size: int) ->
 
 
 def record(case: Case, packed: Path, storage: Path) -> Record:
-    """Take a case's steps on this rank. Every rank calls it and gets the record of all."""
+    """Take a case's steps on this rank. Every rank calls it and gets what all of them saw and were left with."""
     run = _run(case, packed, storage)
     views: dict[tuple[str, int], str] = {}
     losses, gradients = [], []
@@ -125,19 +125,20 @@ def record(case: Case, packed: Path, storage: Path) -> Record:
         training.close()
         state = {name: value.detach().clone() for name, value in training.method.state_dict().items()}
     of_all = {key: digest for part in collectives.gather_objects(views) for key, digest in part.items()}
-    return Record(of_all, losses, gradients, state)
+    return Record(of_all, losses, gradients, collectives.gather_objects(state))
 
 
 def compare(case: Case, world_size: int, reference: Record, found: Record) -> Verdict:
     keys = reference.views.keys() | found.views.keys()
-    errors = {name: _error(found.state[name], value) for name, value in reference.state.items()}
+    (alone,) = reference.states
+    errors = {name: _worst((state[name], value) for state in found.states) for name, value in alone.items()}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else torch.inf)
     return Verdict(
         case,
         world_size,
         sum(reference.views.get(key) != found.views.get(key) for key in keys),
         _error(_float64(found.losses), _float64(reference.losses)),
-        max(_error(a, b) for a, b in zip(found.gradients, reference.gradients, strict=True)),
+        _worst(zip(found.gradients, reference.gradients, strict=True)),
         errors[worst],
         worst,
     )
@@ -209,6 +210,11 @@ def _gradient(module: torch.nn.Module) -> Tensor:
 
 def _float64(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _worst(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest error of what was found against its reference; NaN if one is."""
+    return float(_float64([_error(*pair) for pair in pairs]).max())
 
 
 def _error(found: Tensor, reference: Tensor) -> float:

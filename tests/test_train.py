@@ -12,6 +12,7 @@ from distssl.context import Context, stop_file
 from distssl.data import shards
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError, RunError
+from distssl.nn import precision
 from tests import runs
 
 
@@ -123,6 +124,20 @@ def test_a_resumed_run_takes_the_path_of_one_that_never_stopped(
     assert distance(resumed, expected) < (1e-12 if world_size == 1 else 1e-6)
     assert losses(broken) == pytest.approx(losses(whole), rel=1e-12 if world_size == 1 else 1e-6)
     assert ledger(broken) == ledger(whole)
+
+
+def test_a_run_that_goes_on_where_auto_is_another_computes_as_it_began(
+    monkeypatch: pytest.MonkeyPatch, packed: Path, tmp_path: Path
+) -> None:
+    """As on a host without bf16, where what comes out is to be the same to the bit."""
+    found = []
+    for name, native in (("whole", [True]), ("broken", [True, False])):
+        run = runs.tiny(packed, tmp_path, f"name={name}", "train.epochs=1", "train.precision=auto")
+        for has_bf16 in native:
+            monkeypatch.setattr(precision, "_has_native_bf16", lambda device, has=has_bf16: has)
+            parameters = train_here(run, stop_at=3 if len(native) > 1 and has_bf16 else None)
+        found.append(parameters)
+    assert distance(*found) == 0
 
 
 def test_lines_of_work_that_is_done_again_are_dropped(packed: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -121,8 +122,23 @@ def test_a_planted_fault_is_seen(ranks: Any, packed: Path, tmp_path: Path, fault
 
 
 def test_a_number_that_is_none_holds_nothing() -> None:
-    nothing = Record({}, [float("nan")], [torch.zeros(1)], {"a": torch.zeros(1)})
-    assert not verify.compare(Case("simclr"), 2, nothing, nothing).holds
+    whole = Record({}, [1.0], [torch.ones(1)] * 3, [{"a": torch.zeros(1)}])
+    assert verify.compare(Case("simclr"), 2, whole, whole).holds
+    no_number = torch.tensor([torch.nan])
+    for found in (
+        dataclasses.replace(whole, losses=[float("nan")]),
+        dataclasses.replace(whole, gradients=[torch.ones(1), no_number, no_number]),
+        dataclasses.replace(whole, states=[{"a": torch.zeros(1)}, {"a": no_number}]),
+    ):
+        assert not verify.compare(Case("simclr"), 2, whole, found).holds
+
+
+def test_what_is_off_on_any_rank_is_seen() -> None:
+    alone, other = ({"a": torch.ones(2), "b": value * torch.ones(2)} for value in (1, 2))
+    reference = Record({}, [1.0], [torch.ones(1)], [alone])
+    for states in ([alone, other], [other, alone]):
+        verdict = verify.compare(Case("simclr"), 2, reference, dataclasses.replace(reference, states=states))
+        assert (verdict.state_error, verdict.worst) == (1.0, "b")
 
 
 def test_the_command_prints_a_table_and_fails_with_the_certificate(

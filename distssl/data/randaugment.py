@@ -1,8 +1,9 @@
 """RandAugment as a DALI graph piece, fed by draws: a few operations of a list, each of a random strength.
 
 Ekin D. Cubuk, Barret Zoph, Jonathon Shlens, Quoc V. Le: RandAugment: Practical automated data augmentation with a
-reduced search space. NeurIPS 2020. https://arxiv.org/abs/1909.13719. As UDA uses it: the strength of each operation is
-uniform up to its largest, and a grey square is cut out at the end (DeVries and Taylor, https://arxiv.org/abs/1708.04552).
+reduced search space. NeurIPS 2020. https://arxiv.org/abs/1909.13719. As in UDA the strength of each operation is
+uniform up to its largest, and a grey square is cut out at the end (DeVries and Taylor,
+https://arxiv.org/abs/1708.04552).
 """
 
 # DALI's type stubs lack its enums and know no pipeline without a GPU.

@@ -97,14 +97,14 @@ class Extraction:
 
     @classmethod
     def of_run(cls, run: Run, device: torch.device) -> Extraction:
-        """As the config says."""
+        """As the config says. Every rank calls it."""
         chosen = method.find(run.method.name)
         return cls(
             size_px=run.eval.size_px or chosen.view_size_px(chosen.Config(**run.method.options)),
             crop=run.eval.crop,
             threads=run.machine.threads,
             max_pixels=run.data.max_pixels,
-            dtype=precision.resolve(run.train.precision, device),
+            dtype=precision.agreed(run.train.precision, device),
             max_bad_fraction=run.data.max_bad_fraction,
             network=run.model.untrained.model_dump_json(),
         )

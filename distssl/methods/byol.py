@@ -10,6 +10,8 @@ Jean-Bastien Grill, Florian Strub, Florent Altche, Corentin Tallec, Pierre H. Ri
 Doersch, Bernardo Avila Pires, Zhaohan Daniel Guo, Mohammad Gheshlaghi Azar, Bilal Piot, Koray Kavukcuoglu, Remi Munos,
 Michal Valko: Bootstrap Your Own Latent. NeurIPS 2020. https://arxiv.org/abs/2006.07733
 
+Deviation: the last layers of projector and predictor have a bias, which those of the authors' code do not.
+
 The base of tau belongs to the length of the run: the authors' code has 0.97 for 40 epochs, 0.99 for 100 and 300, 0.996
 for 1,000.
 """

@@ -63,12 +63,19 @@ class Combined(method.Method):
 
     def build(self) -> None:
         self.parts = nn.ModuleDict()
+        learning = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        needed: set[nn.Parameter] = set()
         for name, options in self.cfg.parts.items():
             part = method.find(name)(_own_config(name, options), self.backbone)
             # The backbone is this module's: were it each part's as well, a checkpoint would hold it once for each.
             del part.backbone
             object.__setattr__(part, "backbone", self.backbone)
             self.parts[name] = part
+            needed.update(parameter for parameter in learning if parameter.requires_grad)
+            for parameter in learning:  # what this part does not need another may
+                parameter.requires_grad_(True)
+        for parameter in learning:
+            parameter.requires_grad_(parameter in needed)
 
     @classmethod
     def views(cls, cfg: Config, sample: Any) -> dict[str, Any]:

@@ -11,8 +11,9 @@ Mathilde Caron, Piotr Bojanowski, Armand Joulin, Matthijs Douze: Deep Clustering
 Features. ECCV 2018. https://arxiv.org/abs/1807.05520
 
 Deviations: AlexNet and VGG-16 end in their pooled convolutions, as everywhere here, and the layers after them start
-from those, not from all of their places, with a BatchNorm in place of dropout. The classifier's optimiser is the
-run's, without the momentum of earlier epochs, where the published code makes one without any. Clusters that are too
+from those, not from all of their places, with a BatchNorm in place of dropout; AlexNet has torchvision's channels and
+no BatchNorm between its convolutions, where the published code has wider ones with it. The classifier's optimiser is
+the run's, without the momentum of earlier epochs, where the published code makes one without any. Clusters that are too
 small give all their samples equally often, where the code draws with replacement. model.sobel=true is the paper's
 input.
 """

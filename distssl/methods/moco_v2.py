@@ -28,7 +28,7 @@ from torch import nn
 from distssl import method
 from distssl.data import augment
 from distssl.data.augment import MoCoAugment
-from distssl.nn import heads, losses
+from distssl.nn import contrastive, heads, losses
 from distssl.nn.queue import Queue
 from distssl.nn.teacher import Teacher
 
@@ -37,7 +37,7 @@ class Config(method.Options):
     """The paper's values for ImageNet and a ResNet-50."""
 
     projector: tuple[PositiveInt, ...] = Field(default=(2048, 128), min_length=1, description="widths after features")
-    temperature: float = Field(default=0.2, gt=0)
+    temperature: float = Field(default=0.2, ge=contrastive.LEAST_TEMPERATURE)
     momentum: float = Field(default=0.999, ge=0, le=1)
     queue: PositiveInt = Field(default=65536, description="keys; random ones at the start")
     augment: MoCoAugment = MoCoAugment()

@@ -19,7 +19,7 @@ from torch import nn
 from distssl import collectives, method
 from distssl.data import augment
 from distssl.data.augment import Asymmetric
-from distssl.nn import heads, losses, teacher
+from distssl.nn import contrastive, heads, losses, teacher
 from distssl.nn.teacher import Teacher
 
 
@@ -36,7 +36,7 @@ class Config(method.Options):
     projector: tuple[PositiveInt, ...] = Field(default=(4096, 256), min_length=1, description="widths after features")
     predictor: PositiveInt = Field(default=4096, description="hidden width")
     predictor_norm: bool = Field(default=False, description="a BatchNorm after its last layer")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=contrastive.LEAST_TEMPERATURE)
     momentum: float = Field(default=0.99, ge=0, le=1, description="the teacher's at the start; it ends at 1")
     augment: Views = Views()
 

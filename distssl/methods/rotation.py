@@ -6,6 +6,9 @@ All four turns of each image are in the batch; they are exact, without interpola
 
 Spyros Gidaris, Praveer Singh, Nikos Komodakis: Unsupervised Representation Learning by Predicting Image Rotations.
 ICLR 2018. https://arxiv.org/abs/1803.07728
+
+Deviations: AlexNet is torchvision's convolutions without BatchNorm, and the classifier one layer on their pooled
+features; the authors' has BatchNorm after every convolution and two hidden layers of 4096.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ Segmentation by Discriminative Sorting of Segments. ICCV 2019. https://arxiv.org
 and location) cut along the classes' borders, and a place of class 255 counts nowhere. `unsupervised` needs none:
 segments are superpixels, each a class of its own, so that C(i) is i's own segment.
 
-Deviations: superpixels are k-means on Lab colour and location (Achanta et al., SLIC, TPAMI 2012), not the paper's
-contours of a trained edge detector. An image has at most `most_segments` segments, its largest. Embeddings are made at
-1/`stride` of the side by the decoder here, in place of a dilated network with pyramid pooling.
+Deviations: without masks there is a memory too, where the published code has none. Superpixels are k-means on Lab
+colour and location (Achanta et al., SLIC, TPAMI 2012), not the paper's contours of a trained edge detector. An image
+has at most `most_segments` segments, its largest. Embeddings are made at 1/`stride` of the side by the decoder here, in
+place of a dilated network with pyramid pooling.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ class Config(method.Options):
         default="unsupervised", description="superpixels; or clusters within the masks' classes"
     )
     dim: PositiveInt = Field(default=32, description="of an embedding")
-    concentration: float = Field(default=10.0, gt=0, description="kappa")
+    concentration: float = Field(default=10.0, gt=0, le=1 / contrastive.LEAST_TEMPERATURE, description="kappa")
     grid: PositiveInt = Field(default=5, description="k-means starts from grid x grid blocks")
     iterations: PositiveInt = Field(default=10, description="of k-means")
     location: float = Field(default=0.5, ge=0, description="weight of the place in the clustering of embeddings")
     compactness: float = Field(default=20.0, gt=0, description="weight of the place in superpixels, in Lab's units")
     most_segments: PositiveInt = Field(default=48, description="of an image")
-    memory: NonNegativeInt = Field(default=2048, description="prototypes kept of earlier steps; the paper's of two")
+    memory: NonNegativeInt = Field(
+        default=2048, description="prototypes of earlier steps; with masks the paper has two"
+    )
     stride: PositiveInt = Field(default=8, description="pixels of the image to a place of the embedding, each way")
     decoder: tuple[PositiveInt, ...] = Field(default=(256,), min_length=1, description="its widths")
     augment: Crop = Crop()

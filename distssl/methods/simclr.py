@@ -25,13 +25,13 @@ from pydantic import Field, PositiveInt
 from distssl import method
 from distssl.data import augment
 from distssl.data.augment import Augment
-from distssl.nn import heads, losses
+from distssl.nn import contrastive, heads, losses
 
 
 class Config(method.Options):
     """The paper's values for ImageNet and a ResNet-50."""
 
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, ge=contrastive.LEAST_TEMPERATURE)
     projector: tuple[PositiveInt, ...] = Field(
         default=(2048, 128), min_length=1, description="widths after the features"
     )

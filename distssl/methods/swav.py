@@ -9,7 +9,8 @@ Mathilde Caron, Ishan Misra, Julien Mairal, Priya Goyal, Piotr Bojanowski, Arman
 Visual Features by Contrasting Cluster Assignments. NeurIPS 2020. https://arxiv.org/abs/2006.09882
 
 The queue takes part once it is full, from epoch `queue_from_epoch` on. While prototypes are frozen their gradient is
-zero; the published code drops it.
+zero; the published code drops it. To AdamW zeros are gradients too: their first steps after it are up to three times as
+large.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Config(method.Options):
     projector: tuple[PositiveInt, ...] = Field(default=(2048, 128), min_length=1, description="widths after features")
     prototypes: PositiveInt = 3000
     temperature: float = Field(default=0.1, gt=0)
-    epsilon: float = Field(default=0.05, gt=0, description="smoothness of the assignment")
+    epsilon: float = Field(default=0.05, ge=0.02, description="smoothness of the assignment; float32 holds no less")
     sinkhorn_iterations: PositiveInt = 3
     queue: NonNegativeInt = Field(default=0, description="embeddings; 3840 at batch 256, for small batches")
     queue_from_epoch: NonNegativeInt = 15

@@ -14,7 +14,9 @@ As in the published code, the confidence is of the probabilities before sharpeni
 alone, and all images go through the network in one batch, so that BatchNorm sees them together.
 
 Deviations: the crop comes before RandAugment and not after it, and is of an enlarged image, not of one padded by
-reflection.
+reflection. Every operation that is drawn is applied, where the published code applies half of them, and Invert is not
+among them. What is evaluated are the parameters themselves, not their moving average; the optimiser is the run's, whose
+SGD has no Nesterov momentum, and the rate falls to zero by half a cosine, not by 7/16 of one.
 """
 
 from __future__ import annotations

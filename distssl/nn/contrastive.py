@@ -30,6 +30,8 @@ from distssl.nn.precision import full_precision
 # same steps to the bit. For CPUs by benchmarks/nt_xent.py --part tiles; for GPUs 64 MB a tile, not measured.
 TILE = {"cpu": 576, "cuda": 4096}
 
+LEAST_TEMPERATURE = 0.004  # float64 holds no less, whatever the number of columns
+
 _BITS = math.log2(math.e)  # of e: powers of 2 take half the time of powers of e
 
 Weights = Callable[[slice, slice], Sequence[Tensor]]  # rows of x, rows of y -> S tiles, float [rows, columns]
@@ -95,7 +97,7 @@ def _fitting(x: Tensor, temperature: float, columns: int) -> Tensor:
     """`x` in a dtype that sums of `columns` exponentials of its similarities fit into."""
     bits = _BITS / temperature + math.log2(max(1, columns))
     if bits > 500:  # the ratio of two sums in float64 has twice as many
-        raise ValueError(f"temperature={temperature} is too small: {_BITS / 480:.3f} or more is right")
+        raise ValueError(f"temperature={temperature} is too small: {LEAST_TEMPERATURE} or more is right")
     return x.double() if bits > 120 else x
 
 

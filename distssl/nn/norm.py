@@ -36,8 +36,8 @@ def convert(module: nn.Module) -> nn.Module:
 
 def placed(module: M, device: torch.device, dtype: torch.dtype) -> M:
     """The module with global BatchNorm, on the device to compute in `dtype`, in the memory format of the views."""
-    convert(module)
     module.to(device, precision.parameter_dtype(dtype))
+    convert(module)  # which looks where the module is
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from distssl import collectives
 from distssl.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +33,30 @@ def resolve(name: str, device: torch.device | str) -> torch.dtype:
     if name not in _DTYPES:
         raise ConfigError(f"train.precision={name} is unknown: auto, {', '.join(_DTYPES)} are right")
     return _DTYPES[name]
+
+
+def agreed(name: str, device: torch.device | str) -> torch.dtype:
+    """`resolve` for all ranks: float32 where "auto" is not the same on all of them. Every rank calls it."""
+    dtypes = set(collectives.gather_objects(resolve(name, device)))
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def kept(began: str | None, name: str, device: torch.device | str) -> torch.dtype:
+    """What a run goes on in: as it began, by `name_of`, whatever "auto" is on this machine. Every rank calls it.
+
+    began: None for a run that begins here, which takes what is `agreed`.
+    """
+    here = agreed(name, device)
+    if began in (None, name_of(here)):
+        return here
+    if collectives.rank() == 0:
+        log.warning("computing in %s, as this run began; here train.precision=%s is %s", began, name, name_of(here))
+    return resolve(began, device)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Of a dtype that `resolve` gives: the name that is taken at its word."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:

@@ -83,3 +83,12 @@ def test_what_a_part_makes_anew_the_optimiser_forgets(packed: Path, tmp_path: Pa
     for epoch, expected in enumerate(([], [last], [])):
         built.on_epoch_start(epoch)
         assert [id(parameter) for parameter in built.made_anew()] == [id(parameter) for parameter in expected]
+
+
+@pytest.mark.parametrize("names", [("inpainting", "simclr"), ("simclr", "inpainting"), ("inpainting",)])
+def test_what_one_part_does_not_need_still_learns_for_another(packed: Path, tmp_path: Path, names: tuple[str]) -> None:
+    """Inpainting needs no more than the feature map, which this network has a convolution behind."""
+    parts = json.dumps({name: method.options(name).small for name in names})
+    network = ["model.backbone=mobilenetv3_small_050", "model.stem=7x7_s2_pool", "model.options={}"]
+    built = method.build(runs.tiny(packed, tmp_path, *network, "method.name=combined", f"method.parts={parts}"))
+    assert built.backbone.get_parameter("net.conv_head.weight").requires_grad == ("simclr" in names)

@@ -211,3 +211,12 @@ def test_a_model_under_ddp_has_one_process_gradient_and_running_statistics(ranks
     assert len(expected) == 2 * 2 + 2 * 2 + 4  # two norms, statistics and parameters; three weights, one bias
     for result in ranks(world_size).run(gradient_of_the_model):
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_modules_become_global_where_they_are_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`convert` chooses by the device, so what is placed has to be there already."""
+    seen = []
+    monkeypatch.setattr(norm, "convert", lambda module: seen.append({p.device.type for p in module.parameters()}))
+    placed = norm.placed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("meta"), torch.float64)
+    assert seen == [{"meta"}]
+    assert {parameter.dtype for parameter in placed.parameters()} == {torch.float64}

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
+from distssl import collectives
 from distssl.errors import ConfigError
 from distssl.nn import precision
 
@@ -44,3 +47,29 @@ def test_explicit_names_are_taken_at_their_word_and_others_refused():
     assert precision.resolve("float32", "cpu") == torch.float32
     with pytest.raises(ConfigError, match=r"train\.precision=fp8 is unknown: auto, bf16, float32, float64 are right"):
         precision.resolve("fp8", "cpu")
+
+
+def agreed_where_this_rank_has(bf16_ranks: tuple[int, ...]) -> torch.dtype:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_has_native_bf16", lambda device: collectives.rank() in bf16_ranks)
+        return precision.agreed("auto", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("bf16_ranks", "dtype"),
+    [((0, 1), torch.bfloat16), ((0,), torch.float32), ((1,), torch.float32), ((), torch.float32)],
+)
+def test_ranks_compute_in_one_dtype(ranks, bf16_ranks, dtype):
+    assert ranks(2).run(agreed_where_this_rank_has, bf16_ranks) == [dtype] * 2
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_run_goes_on_as_it_began(monkeypatch, caplog, is_native):
+    monkeypatch.setattr(precision, "_has_native_bf16", lambda device: is_native)
+    here, other = ("bf16", "float32") if is_native else ("float32", "bf16")
+    assert precision.name_of(precision.kept(None, "auto", "cpu")) == here
+    assert precision.name_of(precision.kept(here, "auto", "cpu")) == here
+    assert not caplog.records
+    caplog.set_level(logging.WARNING)
+    assert precision.name_of(precision.kept(other, "auto", "cpu")) == other
+    assert caplog.messages == [f"computing in {other}, as this run began; here train.precision=auto is {here}"]
