@@ -201,7 +201,7 @@ def _launch(command: Sequence[str], run_dir: Path, scratch: Path, epochs: int) -
 def read_timing(run_dir: Path) -> Timing:
     """Means over the steps after the first WARM_WINDOWS lines of the log."""
     rows = [row for row in monitor.read_jsonl(run_dir / monitor.METRICS) if "loss" in row]
-    batch = config.parse((run_dir / "config.yaml").read_text()).data.global_batch
+    batch = config.parse((run_dir / "config.yaml").read_text(), run_dir).data.global_batch
     steps = np.diff([row["step"] for row in rows])[WARM_WINDOWS - 1 :]
     rows = rows[WARM_WINDOWS:]
     seconds = np.array([batch / row["images_per_s"] for row in rows])

@@ -81,7 +81,7 @@ def write(run_dir: Path, step: int, state: Mapping[str, Any], metrics: Mapping[s
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's state, on the CPU. Raises DamagedError where it is not whole."""
+    """A checkpoint's state, on the CPU, and its file's "sha256". Raises DamagedError where it is not whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         size = (path / STATE).stat().st_size
@@ -89,7 +89,8 @@ def read(path: Path) -> dict[str, Any]:
             raise DamagedError(f"checkpoint {path}: {STATE} has {size} bytes, its manifest says {manifest['bytes']}")
         if sha256(path / STATE) != manifest["sha256"]:
             raise DamagedError(f"checkpoint {path}: {STATE} does not have the sha256 of its manifest")
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        return {**state, "sha256": manifest["sha256"]}
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {path}: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -104,14 +105,16 @@ def newest(run_dir: Path) -> dict[str, Any] | None:
     A damaged one is named and passed over. Raises ConfigError where all are damaged: starting again from nothing
     would hide the loss.
     """
-    paths = sorted(folder(run_dir).glob("step_*"), reverse=True)
-    mistakes: list[str] = []
-    for path in paths:
-        try:
-            return read(path)
-        except DamagedError as error:
-            log.warning("%s", error)
-            mistakes += error.messages
+    tried, mistakes = None, []
+    while (paths := sorted(folder(run_dir).glob("step_*"), reverse=True)) != tried:  # a run that goes on replaces them
+        tried, mistakes = paths, []
+        for path in paths:
+            try:
+                return read(path)
+            except DamagedError as error:
+                if path.exists():
+                    log.warning("%s", error)
+                    mistakes += error.messages
     if mistakes:
         raise ConfigError(*mistakes, f"no checkpoint of {run_dir} is whole: remove {folder(run_dir)} to start again")
     return None
@@ -119,7 +122,7 @@ def newest(run_dir: Path) -> dict[str, Any] | None:
 
 def require_same(state: Mapping[str, Any], run: Run, dataset: Dataset, labelled: Dataset | None) -> None:
     """Raises ConfigError with a line for each thing that decides the result and is another in a checkpoint's state."""
-    differs = config.differences(config.parse(state["config"]), run)
+    differs = config.differences(config.parse(state["config"], run.run_dir), run)
     if state["dataset"] != dataset.fingerprint:
         differs.append(f"data.source: dataset {state['dataset'][:12]} there, {dataset.fingerprint[:12]} here")
     if labelled and state["labelled"] != labelled.fingerprint:

@@ -124,10 +124,8 @@ def collect(folders: Sequence[Path]) -> Comparison:
 
 
 def _member(name: str, folder: Path) -> Member:
-    try:
-        run = config.parse((folder / run_folder.CONFIG).read_text())
-    except ConfigError as error:
-        raise ConfigError(*(f"{folder / run_folder.CONFIG}: {message}" for message in error.messages)) from None
+    path = folder / run_folder.CONFIG
+    run = config.parse(path.read_text(), path)
     return Member(name, folder, run, rows.read_summary(folder), monitor.read_jsonl(folder / monitor.METRICS))
 
 

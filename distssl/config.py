@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from distssl import mirror, settings, stores
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, first_line
 from distssl.settings import Range
 
 FROZEN_TASKS = ("knn", "linear", "retrieval", "cluster")  # on a frozen backbone's features
@@ -265,12 +265,14 @@ def dump(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
-def parse(text: str) -> Run:
-    """What `dump` wrote. Raises ConfigError where it is not a config."""
+def parse(text: str, where: object) -> Run:
+    """What `dump` wrote, found somewhere. Raises ConfigError with a line for each key that is not of this version."""
     try:
         return Run.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"not a config of this version: {str(error).splitlines()[0]}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: no YAML: {first_line(error)}") from None
+    except ValidationError as error:
+        raise ConfigError(*(f"{where}: {settings.explain(Run, item)}" for item in error.errors())) from None
 
 
 def science(run: Run) -> dict[str, Any]:

@@ -46,26 +46,25 @@ def prepare(run: Run, world_size: int) -> Folders:
     run, start = run_folder.start_of(run, there)
     _refuse_another(run, there)
     built = method.build(run, start)
-    if run.data.labelled and not built.learns_from_labels:
-        raise ConfigError(f"data.labelled={run.data.labelled}: {run.method.name} learns from no labels; leave it out")
-    if run.train.micro_batch and built.learns_from_labels:
-        raise ConfigError(
-            f"train.micro_batch={run.train.micro_batch}: {run.method.name} mixes two streams; leave it out"
-        )
+    of_labels = {"data.labelled": run.data.labelled, "data.num_labelled": run.data.num_labelled}
+    for key, value in of_labels.items():
+        if value and not built.learns_from_labels:
+            raise ConfigError(f"{key}={value}: {run.method.name} learns from no labels; leave it out")
+    if (size := run.train.micro_batch) and built.learns_from_labels:
+        raise ConfigError(f"train.micro_batch={size}: {run.method.name} mixes two streams; leave it out")
     ready = folders(run)
     _check_labels(run, ready, world_size)
-    data = Dataset.open(ready.data, run.machine)
-    if built.reads_masks(built.cfg) and not labels.has(data, "mask"):
-        raise ConfigError(f"data.source={run.data.source}: has no masks; {labels.WHERE['mask']} is right")
+    data, judged_on = Dataset.open(ready.data, run.machine), (ready.eval_train, ready.eval_test)
     plan.of_run(run, data, world_size)
     if ready.labelled:
         labelled = Dataset.open(ready.labelled, run.machine)
         built.check_labels(built.cfg, len(labelled.classes))
         plan.of_labelled(run, labelled, world_size)
-        if ready.labelled == ready.eval_train and not ready.eval_test and not plan.learns_beside_its_test(run):
-            raise ConfigError(
-                f"eval.source={run.eval.source}: is data.labelled under another name; say the same of both"
-            )
+        needs.require_names(run, run.data.labelled or run.data.source, ready.labelled, *judged_on)
+    if built.reads_masks(built.cfg):
+        if not labels.has(data, "mask"):
+            raise ConfigError(f"data.source={run.data.source}: has no masks; {labels.WHERE['mask']} is right")
+        needs.require_names(run, run.data.source, ready.data, *judged_on)
     is_kept = there is not None and (run.run_dir / weights.KEPT).exists()
     _claim(run, None if is_kept else start)
     return ready
@@ -103,7 +102,7 @@ def _config_there(run: Run) -> Run | None:
         data = there.read(CONFIG)
         there.check()
         found = None if data is None else data.decode()
-    return None if found is None else config.parse(found)
+    return None if found is None else config.parse(found, f"{run.run_url or run.run_dir}/{CONFIG}")
 
 
 def _claim(run: Run, start: Weights | None) -> None:
@@ -135,16 +134,20 @@ def _storage_named(run: Run) -> Iterator[None]:
 
 
 def folders(run: Run, tasks: Sequence[str] | None = None) -> Folders:
-    """Pack or index the sources that are not ready yet, of a run and the labels of tasks, by default the run's own."""
-    tasks = run.eval.tasks if tasks is None else tasks
+    """Pack or index the sources that are not ready yet, of a run and its evaluations.
+
+    tasks: of an evaluation alone, which does not look at the pretraining data where it has others; () for none.
+    """
     prepared = functools.partial(shards.prepare, cache_dir=run.machine.cache, retry_s=run.machine.retry_s)
-    data = prepared(run.data.source)
+    trains, tasks = not tasks, run.eval.tasks if tasks is None else tasks
+    eval_train = prepared(run.eval.source, key="eval.source") if tasks and run.eval.source else None
+    data = eval_train if eval_train and not trains else prepared(run.data.source)
     labelled = None
-    if method.find(run.method.name).learns_from_labels:
+    if trains and method.find(run.method.name).learns_from_labels:
         labelled = prepared(run.data.labelled, key="data.labelled") if run.data.labelled else data
     if not tasks:
         return Folders(data, labelled, None, None)
-    eval_train = prepared(run.eval.source, key="eval.source") if run.eval.source else data
+    eval_train = eval_train or data
     needed = {needs.kind(task) for task in tasks}
     if not run.eval.source and not any(labels.has(Dataset.open(eval_train, run.machine), kind) for kind in needed):
         return Folders(data, labelled, None, None)
@@ -165,7 +168,7 @@ def _as_claimed(run: Run, context: Context) -> Run:
     if run.model.init is None:
         return run
     text = (context.run_dir / CONFIG).read_text() if context.rank == 0 else ""
-    return run_folder.starting_from(run, config.parse(collectives.broadcast_object(text)).model.init_sha256)
+    return run_folder.starting_from(run, config.parse(collectives.broadcast_object(text), CONFIG).model.init_sha256)
 
 
 def _pretrain(run: Run, context: Context, data: Folders) -> bool:

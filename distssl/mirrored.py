@@ -30,9 +30,11 @@ def newest(context: Context, run_dir: Path) -> dict[str, Any] | None:
     """
     mirror = context.mirror
     if mirror is None:
-        if context.shares_run_dir:
-            return checkpoint.newest(run_dir)
-        return collectives.broadcast_object(checkpoint.newest(run_dir) if context.rank == 0 else None)
+        state = collectives.together(lambda: checkpoint.newest(run_dir) if context.rank == 0 else None)
+        if not context.shares_run_dir:
+            return collectives.broadcast_object(state)
+        step: int | None = collectives.broadcast_object(state["step"] if state else None)
+        return None if step is None else collectives.together(lambda: state or checkpoint.read(_path(run_dir, step)))
     with context.one_writer(checkpoint.folder(run_dir)):
         state = collectives.together(lambda: _newest_there(mirror, run_dir) if context.rank == 0 else None)
         step = collectives.broadcast_object(_only(run_dir) if context.rank == 0 else None)

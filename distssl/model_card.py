@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distssl import checkpoint, config, method, plan
+from distssl import config, method, plan
 from distssl.config import Run
 from distssl.data import augment
 from distssl.data.shards import Dataset
@@ -73,7 +72,6 @@ def text(
     images: Tensor,
     licence: str | None,
 ) -> str:
-    manifest = json.loads((checkpoint.folder(run_dir) / f"step_{state['step']:08d}" / checkpoint.MANIFEST).read_text())
     same = dataset.fingerprint == state["dataset"]  # the source may have changed since
     epochs = f", epoch {state['step'] / plan.of_run(run, dataset, 1).steps_per_epoch:.4g}" if same else ""
     told = inspect.getdoc(importlib.import_module(method.find(run.method.name).__module__)) or ""
@@ -91,7 +89,7 @@ def text(
         f"fingerprint {state['dataset']}",
         f"- training: {state['step']} steps of {run.data.global_batch * run.train.accumulate} images{epochs} of "
         f"{run.train.epochs}, seed {run.seed}",
-        f"- checkpoint: sha256 {manifest['sha256']}",
+        f"- checkpoint: sha256 {state['sha256']}",
         f"- config: sha256 {hashlib.sha256(config.dump(run).encode()).hexdigest()}",
         f"- file: {exported.file.name}, sha256 {hashlib.sha256(exported.file.read_bytes()).hexdigest()}",
         f"- input: RGB [N, 3, {size_px}, {size_px}] in 0..1, less the mean {augment.MEAN}, over {augment.STD}; "

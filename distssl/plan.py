@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -136,7 +137,17 @@ def learns_beside_its_test(run: Run) -> bool:
 
 def is_tested_on(run: Run, source: str) -> bool:
     """Whether the test is a part that is held out of a source's labels."""
-    return run.eval.test_source is None and (run.eval.source or run.data.source) == source
+    return run.eval.test_source is None and _same(run.eval.source or run.data.source, source)
+
+
+def is_test(run: Run, source: str) -> bool:
+    """Whether the test is a source, with all its labels."""
+    return run.eval.test_source is not None and _same(run.eval.test_source, source)
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether sources are one, as far as their names tell."""
+    return a == b or os.path.realpath(a) == os.path.realpath(b)
 
 
 def of_run(run: Run, dataset: Dataset, world_size: int) -> Plan:

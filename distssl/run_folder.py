@@ -183,7 +183,7 @@ def at(state: dict[str, Any] | None, run: Run, where: Path | str) -> method.Meth
     """The method as a checkpoint of the run at `where` has it. Raises ConfigError where there is none."""
     if state is None:
         raise ConfigError(f"{where}: no checkpoint yet")
-    there = config.parse(state["config"])
+    there = config.parse(state["config"], where)
     changed = config.differences(there, starting_from(run, there.model.init_sha256))  # what it started from is past
     wrong = [line for line in changed if line.startswith(("model.", "method."))]
     if wrong:

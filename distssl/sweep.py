@@ -165,7 +165,7 @@ class Trial(Section):
     def command(self, task: str) -> str:
         """The command line that does the same again."""
         own, ours = (
-            config.science(config.parse((self.folder / run_folder.CONFIG).read_text())),
+            config.science(config.parse((self.folder / run_folder.CONFIG).read_text(), self.folder)),
             config.science(self.run),
         )
         changed = {key: value for key, value in ours.items() if value != own.get(key)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distssl import checkpoint
+from distssl import checkpoint, mirrored
+from distssl.context import Context
 from distssl.errors import ConfigError
 from tests import disks
 
@@ -111,6 +113,50 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path: 
     assert len(raised.value.messages) == 3
     assert "to start again" in raised.value.messages[-1]
     assert steps(tmp_path) == [1, 2]
+
+
+def test_those_that_the_run_replaces_meanwhile_are_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 1)
+    read = checkpoint.read
+
+    def replaced(path: Path) -> dict:
+        if path.name == "step_00000001":
+            write(tmp_path, 2)
+            shutil.rmtree(path)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read", replaced)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found["step"] == 2
+    assert not caplog.records
+
+
+def rank_1_cannot_read(run_dir: Path) -> tuple[int, int | str]:
+    """Of a disk that fails for one rank: what it and the step that it would go on from."""
+    with pytest.MonkeyPatch.context() as patch, Context(run_dir) as context:
+        read = checkpoint.read
+
+        def broken(path: Path) -> dict:
+            if context.rank == 1 and path.name == "step_00000002":
+                raise checkpoint.DamagedError("Stale file handle")
+            return read(path)
+
+        patch.setattr(checkpoint, "read", broken)
+        try:
+            state = mirrored.newest(context, run_dir)
+        except ConfigError as error:
+            return context.rank, str(error)
+        assert state is not None
+        return context.rank, state["step"]
+
+
+def test_no_rank_goes_on_from_another_step(ranks, tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    assert ranks(2).run(rank_1_cannot_read, tmp_path) == [(0, "Stale file handle"), (1, "Stale file handle")]
 
 
 class Planted:

@@ -102,7 +102,7 @@ def test_the_tree_at_the_store_is_that_of_a_local_run(packed: Path, local: Path,
     run = tiny(packed, tmp_path / "cache", bucket)
     pretrain_here(run)
     check_same(fetched(bucket, tmp_path / "there"), local)
-    assert config.differences(config.parse((tmp_path / "there" / run_folder.CONFIG).read_text()), run) == []
+    assert config.differences(config.parse((tmp_path / "there" / run_folder.CONFIG).read_text(), "there"), run) == []
     assert run.run_dir.is_relative_to(tmp_path / "cache")
 
 

@@ -23,7 +23,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from distssl import config, run_folder
-with run_folder.alone(config.parse(Path(sys.argv[1]).read_text())):
+with run_folder.alone(config.parse(Path(sys.argv[1]).read_text(), "")):
     print("held", flush=True)
     time.sleep(600)
 """

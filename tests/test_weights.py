@@ -102,7 +102,8 @@ def test_an_exported_file_is_as_good_as_its_run(command: Command, packed: Path, 
     check_equal(of_backbone(tmp_path / "file"), of_backbone(tmp_path / "run"), 0)
     assert (of_backbone(tmp_path / "random")["net.conv1.weight"] - of_backbone(first)["net.conv1.weight"]).norm() > 1
     digests = {
-        config.parse((tmp_path / name / run_folder.CONFIG).read_text()).model.init_sha256 for name in ("run", "file")
+        config.parse((tmp_path / name / run_folder.CONFIG).read_text(), name).model.init_sha256
+        for name in ("run", "file")
     }
     assert digests == {run_folder.weights_at(str(first)).sha256}
 

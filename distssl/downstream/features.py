@@ -139,7 +139,7 @@ def _in_memory(backbone: Backbone, dataset: Dataset, ids: np.ndarray, how: Extra
     for batch, features in share(backbone, dataset, ids, how, context, bad):
         done.append(batch["id"].cpu().numpy())
         x.append(features.float().cpu().numpy())
-    _require_most(bad, dataset, ids, how)
+    require_most(bad, len(ids), how)
     parts = collectives.gather_objects((np.concatenate(done), np.concatenate(x)))
     all_ids, all_x = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     return Features(all_ids, dataset.rows(all_ids).label.astype(np.int64), all_x, np.arange(len(all_ids)))
@@ -168,7 +168,7 @@ def _write(
         mine = np.concatenate(done)
         if not context.shares_run_dir:
             _exchange(rows, np.searchsorted(ids, mine), context)
-    _require_most(bad, dataset, ids, how)
+    require_most(bad, len(ids), how)
     usable = np.concatenate(collectives.gather_objects(mine))
     if context.first_of_node:
         with atomic.replacing(folder / META) as file:
@@ -176,11 +176,11 @@ def _write(
     collectives.barrier()
 
 
-def _require_most(bad: Quarantine, dataset: Dataset, ids: np.ndarray, how: Extraction) -> None:
-    """Raises RunError where too many of the ids were bad, on whichever ranks. Every rank calls it."""
+def require_most(bad: Quarantine, num: int, how: Extraction) -> None:
+    """Raises RunError where too many of so many samples were bad, on whichever ranks. Every rank calls it."""
     for found in collectives.gather_objects(list(bad.entries.values())):
         bad.merge(found)
-    quarantine.check_share(bad, len(ids), dataset.num_samples, how.max_bad_fraction, named_by="the log")
+    quarantine.check_share(bad, num, num, how.max_bad_fraction, named_by="the log")
 
 
 class _Rows:

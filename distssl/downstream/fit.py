@@ -90,6 +90,8 @@ class Fitting:
             self.network, rate=network.rate, name="adamw", lr=self.recipe.lr, weight_decay=self.recipe.weight_decay
         )
         self.step = 0
+        self.bad = Quarantine(f"{job.train.folder}, to train on", lasting=True)
+        self.bad_of_test = Quarantine(f"{job.test.folder}, to test on", lasting=True)
         state = mirrored.newest(context, job.folder)
         if state is not None:
             self.network.load_state_dict(state["network"])
@@ -119,6 +121,7 @@ class Fitting:
             if due or last or self.step % CHECKPOINT_EVERY == 0:
                 if not torch.isfinite(loss):
                     raise RunError(f"{self.job.title}: the loss is {float(loss)} at step {self.step}; try a lower lr")
+                features.require_most(self.bad, len(self.job.train_ids), self.how)
                 if due:
                     self._keep_report(self.score())
                 self._checkpoint()
@@ -131,6 +134,7 @@ class Fitting:
         self.network.eval()
         mine = features.ids_of_rank(self.job.test_ids, TEST_BATCH, self.context)
         judged = [self.network.judge(batch, _of(self.known_of_test, batch)) for batch in self._test_batches(mine)]
+        features.require_most(self.bad_of_test, len(self.job.test_ids), self.how)
         parts = collectives.gather_objects(judged)
         if not any(parts):
             raise ConfigError("eval.test_source: none of its images can be read")
@@ -162,7 +166,7 @@ class Fitting:
             threads=self.how.threads,
             device=self.context.device,
             max_pixels=self.how.max_pixels,
-            quarantine=Quarantine(lasting=True),
+            quarantine=self.bad,
             target=self.network.target,
         )
         return loader.batches(LabelledStream(order, ids).requests(self.step, self.recipe.steps, self.context))
@@ -170,7 +174,7 @@ class Fitting:
     def _test_batches(self, ids: np.ndarray) -> Iterator[dict[str, Tensor]]:
         views = functools.partial(type(self.network).test_views, self.recipe)
         found = features.batches(
-            self.job.test, ids, views, self.how, self.context, Quarantine(lasting=True),
+            self.job.test, ids, views, self.how, self.context, self.bad_of_test,
             batch_size=TEST_BATCH, target=self.network.target,
         )  # fmt: skip
         return map(self._moved, found)

@@ -8,6 +8,7 @@ import numpy as np
 
 from distssl import config, method, plan
 from distssl.config import Run
+from distssl.data.locations import Place
 from distssl.data.shards import Dataset
 from distssl.downstream import fit, labels
 from distssl.downstream.depth import Depth
@@ -19,7 +20,6 @@ from distssl.downstream.segment import Segment
 from distssl.downstream.task import Facts, Network
 from distssl.errors import ConfigError
 
-UNSEEN = "masks that the method does not learn from"
 WITH_FEW_LABELS = ("knn", "linear", "finetune")  # tasks evaluated for each of eval.labels
 
 
@@ -59,7 +59,7 @@ def labelled(run: Run, train: Dataset, test: Dataset | None, kind: str) -> Label
     """
     key = "eval.source" if run.eval.source else "data.source"
     if _has_learnt(run, kind):
-        raise ConfigError(f"eval.test_source: {UNSEEN} are right")
+        raise ConfigError(f"eval.test_source: {_unseen(kind)} are right")
     if test is not None and test.fingerprint == train.fingerprint:
         raise ConfigError(
             f"eval.test_source={run.eval.test_source}: has the images of {key}; leave it out, and a fifth of those is "
@@ -99,15 +99,31 @@ def missing(run: Run, sets: Sequence[Dataset], kind: str) -> str | None:
     """What would be right where there are no labels of a kind, to train and to test on."""
     if not all(labels.has(each, kind) for each in sets):
         return labels.WHERE[kind]
-    return UNSEEN if _has_learnt(run, kind) else None
+    return _unseen(kind) if _has_learnt(run, kind) else None
+
+
+def _unseen(kind: str) -> str:
+    return f"{'masks' if kind == 'mask' else 'labels'} that the method does not learn from"
 
 
 def _has_learnt(run: Run, kind: str) -> bool:
-    """Whether the method has learnt from all labels of this kind, those too that are held out of them for the test."""
-    if kind != "mask" or not plan.is_tested_on(run, run.data.source):
-        return False
+    """Whether the method learns from the labels of this kind that the test is of."""
     chosen = method.find(run.method.name)
-    return chosen.reads_masks(chosen.Config(**run.method.options))
+    if kind == "mask" and chosen.reads_masks(chosen.Config(**run.method.options)):  # from those held out of them too
+        return plan.is_test(run, run.data.source) or plan.is_tested_on(run, run.data.source)
+    learns = kind == labels.LABEL and chosen.learns_from_labels
+    return learns and plan.is_test(run, run.data.labelled or run.data.source)
+
+
+def require_names(run: Run, name: str, learnt: Place, train: Place | None, test: Place | None) -> None:
+    """Raises ConfigError where the labels that a method learns from, `name`, are those it is judged by under others.
+
+    Names are what tells that it has learnt from them. learnt, train, test: where the datasets lie.
+    """
+    if test == learnt and not plan.is_test(run, name):
+        raise ConfigError(f"eval.test_source={run.eval.test_source}: is {name}, whose labels the method learns from")
+    if train == learnt and test is None and not plan.is_tested_on(run, name):
+        raise ConfigError(f"eval.source={run.eval.source}: is {name} under another name; say the same of both")
 
 
 def few(data: Labelled, kind: str, how_many: int | str | None, seed: int) -> np.ndarray:

@@ -38,8 +38,8 @@ def neighbours(
     found = features.crops(data.train, np.unique(train.ids[nearest.numpy()]), how, context)
     pictures = []
     for i, rows in zip(at.tolist(), nearest.tolist(), strict=True):
-        pictures.append(_edged(asked[int(test.ids[i])], None))
-        pictures += [_edged(found[int(train.ids[j])], bool(train.labels[j] == test.labels[i])) for j in rows]
+        pictures.append(_edged(asked.get(int(test.ids[i])), None, how))
+        pictures += [_edged(found.get(int(train.ids[j])), bool(train.labels[j] == test.labels[i]), how) for j in rows]
     _save(_file(context, f"neighbours_{data.name}_{backbone}"), pictures, 1 + nearest.shape[1])
 
 
@@ -55,7 +55,7 @@ def clusters(
         commonest += [np.bincount(test.labels[rows]).argmax()] * NUM_OF_CLUSTER
     images = features.crops(data.test, np.unique(test.ids[chosen]), how, context)
     pictures = [
-        _edged(images[int(test.ids[i])], bool(test.labels[i] == label))
+        _edged(images.get(int(test.ids[i])), bool(test.labels[i] == label), how)
         for i, label in zip(chosen, commonest, strict=True)
     ]
     _save(_file(context, f"clusters_{data.name}_{backbone}"), pictures, NUM_OF_CLUSTER)
@@ -65,10 +65,13 @@ def projector(context: Context, data: Labelled, test: Features, how: Extraction)
     """Features of some test images, with their labels and thumbnails, for TensorBoard's projector."""
     at = np.linspace(0, len(test) - 1, min(NUM_PROJECTED, len(test))).astype(int)
     images = features.crops(data.test, test.ids[at], how, context)
-    small = F.interpolate(
-        torch.stack([images[int(i)] for i in test.ids[at]]), (THUMBNAIL_PX, THUMBNAIL_PX), mode="area"
-    )
-    with atomic.replacing(_file(context, PROJECTOR, "")) as part, open(part, "wb") as file:
+    at = at[[int(i) in images for i in test.ids[at]]]
+    if not len(at):
+        return
+    views = torch.stack([images[int(i)] for i in test.ids[at]])
+    small = F.interpolate(views, (THUMBNAIL_PX, THUMBNAIL_PX), mode="area")
+    path = _file(context, PROJECTOR, "")
+    with atomic.locked(path.parent), atomic.replacing(path) as part, open(part, "wb") as file:
         np.savez_compressed(
             file,
             x=torch.cat([test.block(i, i + 1) for i in at]).numpy(),
@@ -85,9 +88,13 @@ def of_network(context: Context, fitting: Fitting, task: str, backbone: str, nam
         _save(_file(context, f"{task}_{name}_{backbone}"), rows, 2 * fitting.network.pictures_an_image)
 
 
-def _edged(image: Tensor, right: bool | None) -> Tensor:
-    """A normalised view [3, H, W] -> uint8 with an edge: green for right, red for wrong, grey for a query."""
+def _edged(image: Tensor | None, right: bool | None, how: Extraction) -> Tensor:
+    """A normalised view [3, H, W] -> uint8 with an edge: green for right, red for wrong, grey for a query.
+
+    Grey all over where there is no view: features are kept, and their image may be unreadable by now.
+    """
     colour = {True: (0, 160, 0), False: (200, 0, 0), None: (128, 128, 128)}[right]
+    image = torch.zeros(3, how.size_px, how.size_px) if image is None else image
     picture = unnormalised(image[None])[0]
     edge = max(1, picture.shape[1] // 32)
     framed = torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand_as(picture).clone()
@@ -107,5 +114,5 @@ def _save(path: Path, pictures: list[Tensor], num_columns: int) -> None:
     from torchvision.utils import make_grid
 
     grid = make_grid(pictures, nrow=num_columns, padding=2, pad_value=255)
-    with atomic.replacing(path) as part:
+    with atomic.locked(path.parent), atomic.replacing(path) as part:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(part, "PNG")

@@ -21,7 +21,7 @@ from distssl.config import Run
 from distssl.context import Context
 from distssl.data import shards, store
 from distssl.data.shards import Dataset
-from distssl.downstream import classify, features, pictures
+from distssl.downstream import classify, features, needs, pictures
 from distssl.downstream.evaluate import Evaluation
 from distssl.downstream.rows import Row, read_summary
 from distssl.errors import RunError
@@ -181,6 +181,35 @@ def test_features_of_too_few_images_are_refused(tmp_path: Path, kept: bool) -> N
         with pytest.raises(RunError, match=told):
             features.extract(backbone, dataset, ids, replace(how, max_bad_fraction=0.09), context, cache)
         assert len(features.extract(backbone, dataset, ids, how, context, cache)) == 36
+
+
+def test_few_labels_of_many_images_are_held_to_the_same_share(tmp_path: Path) -> None:
+    dataset = Dataset.open(runs.packed(tmp_path, num=400))
+    for sample in range(3):
+        planted.overwrite(dataset, sample, bytes(dataset.rows(np.array([sample])).size[0]))
+    run = runs.tiny(tmp_path / "packed", tmp_path)
+    backbone, how = method.build(run).evaluated(), features.Extraction.of_run(run, torch.device("cpu"))
+    with Context(tmp_path) as context, pytest.raises(RunError, match=r"^3 of the 12 samples of .* seen are bad"):
+        features.extract(backbone, dataset, np.arange(12), how, context)
+
+
+def test_what_is_unreadable_by_now_is_grey_in_pictures(packed: Path, tmp_path: Path) -> None:
+    """Features are kept, so that an evaluation may go on without the image they are of."""
+    run = runs.tiny(packed, tmp_path, 'eval.tasks=["knn"]')
+    dataset = Dataset.open(packed)
+    test = needs.labelled(run, dataset, None, "label").test_ids
+    with Context(tmp_path) as context:
+        judge = Evaluation(run, context, dataset, None)
+        judge.trained = method.build(run)
+        judge._features("pretrained")
+        with pytest.MonkeyPatch.context() as patch:
+            crops = features.crops
+            gone = {int(test[0])}
+            patch.setattr(features, "crops", lambda *given: {i: x for i, x in crops(*given).items() if i not in gone})
+            judge._draw("pretrained", clusters=True)
+        kept = np.load(tmp_path / pictures.FOLDER / pictures.PROJECTOR)
+        assert len(kept["x"]) == len(kept["thumbnails"]) == len(test) - 1
+    assert len(list((tmp_path / pictures.FOLDER).glob("*.png"))) == 2
 
 
 def test_rows_of_features_are_written_without_a_mapping_and_are_on_the_disk(

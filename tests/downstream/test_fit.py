@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +16,9 @@ from distssl.data import shards
 from distssl.downstream import fit, pictures, rows
 from distssl.downstream.evaluate import Evaluation
 from distssl.downstream.fit import Fitting
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, RunError
 from distssl.mirror import Mirror
-from tests import annotated, runs
+from tests import annotated, planted, runs
 
 STEPS = 6
 FIT = [f"eval.fit.steps={STEPS}", "eval.fit.batch=8", "eval.fit.size_px=32", "eval.fit.lr=0.003", "eval.num_seeds=2"]
@@ -51,6 +52,22 @@ def train_here(run: Run, task: str, stop_at: int | None = None) -> tuple[dict[st
         assert whole.step == (stop_at - 1 if stop_at else 0)
         whole.run()
         return whole.score(), [parameter.detach().clone() for parameter in whole.network.parameters()]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_networks_of_too_many_images_that_cannot_be_read_give_no_figures(tmp_path: Path, part: str) -> None:
+    marked = shards.pack(str(annotated.images(tmp_path / "marked", 24)), tmp_path / "packed")
+    run = runs.tiny(marked, tmp_path, *FIT)
+    run.run_dir.mkdir(parents=True)
+    with Context(run.run_dir) as context:
+        job = fitting(run, "segment", context).job
+        for sample in (job.train_ids if part == "train" else job.test_ids)[:3].tolist():
+            planted.overwrite(job.train, sample, bytes(job.train.rows(np.array([sample])).size[0]))
+        broken = fitting(run, "segment", context)
+        if part == "test":
+            broken.run()
+        with pytest.raises(RunError, match=rf"3 of the \d+ samples of .*, to {part} on seen are bad"):
+            (broken.score if part == "test" else broken.run)()
 
 
 def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

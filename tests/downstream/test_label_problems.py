@@ -181,6 +181,31 @@ def test_test_images_that_are_those_to_train_on_are_told_before_the_training(
     assert not (tmp_path / "runs" / "mine").exists()
 
 
+def test_an_evaluation_on_labels_of_their_own_needs_nothing_of_the_pretraining_data(
+    command: Command, photos: Path, tmp_path: Path
+) -> None:
+    source = runs.photos(tmp_path / "other", num=32, seed=1)
+    assert command(*settings(source, tmp_path / "runs"))[0] == 0
+    shutil.rmtree(source)
+    evaluated(command, tmp_path / "runs" / "mine", "knn", f"eval.source={photos}", f"machine.cache={tmp_path / 'new'}")
+
+
+@pytest.mark.parametrize("name", ["{}", "{}/.", "{}/../photos"])
+def test_labels_that_the_method_learns_from_are_no_test(
+    command: Command, photos: Path, tmp_path: Path, name: str
+) -> None:
+    learns = ["method.name=uda", "method.num_classes=4", f"eval.source={runs.photos(tmp_path / 'other', num=32)}"]
+    test = f"eval.test_source={name.format(photos)}"
+    said = command(*settings(photos, tmp_path / "runs", *learns, test), "eval.tasks=[knn]")
+    check_refused(said, "eval.test_source: labels that the method does not learn from are right")
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_labels_are_asked_for_of_methods_that_learn_from_some(command: Command, photos: Path, tmp_path: Path) -> None:
+    said = command(*settings(photos, tmp_path / "runs", "data.num_labelled=5"))
+    check_refused(said, "data.num_labelled=5: simclr learns from no labels; leave it out")
+
+
 def test_a_single_label_is_enough(command: Command, run: Path, photos: Path) -> None:
     found = evaluated(command, run, "knn,linear,finetune", f"eval.source={photos}", "eval.labels=[1]")
     assert {row.task for row in found} == {"knn", "linear", "finetune"}
@@ -224,6 +249,10 @@ def test_masks_that_a_method_has_learnt_from_are_no_test(
     told = "eval.test_source: masks that the method does not learn from are right"
     learns = ["method.name=segsort", "method.segments=supervised", "train.lr=0.001"]
     check_refused(command(*settings(marked, tmp_path / "runs", *learns, "eval.tasks=[segment]")), told)
+    said = command(
+        *settings(f"{marked}/.", tmp_path / "runs", *learns, "eval.tasks=[segment]", f"eval.source={marked}")
+    )
+    check_refused(said, told)
     assert not (tmp_path / "runs" / "mine").exists()
     assert command(*settings(marked, tmp_path / "runs", *learns))[0] == 0
     run = tmp_path / "runs" / "mine"
