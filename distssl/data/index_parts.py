@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 
 from distssl.data import annotations, tars, transfer
 from distssl.data.locations import Place
+
+log = logging.getLogger(__name__)
 
 VERSION = 3
 FIRST_NAMED = 20  # of the rejected, in dataset.json and in the log, and of the bad annotations
@@ -111,6 +114,25 @@ def merge(parts: Sequence[Part], file: Path, fingerprint: str) -> None:
             column = pa.array([shard], pa.int32()).take(pa.array([0] * table.num_rows, pa.int32()))
             rows = pa.Table.from_arrays([column, *table.columns], schema=schema)
             writer.write_table(rows, row_group_size=max(1, table.num_rows))
+
+
+def log_left_out(title: str, parts: Sequence[Part], file: str) -> None:
+    """What the tars' scans have left out; `file` names all of it."""
+    rejected = [line for part in parts for line in part.rejected]
+    for line in rejected[:FIRST_NAMED]:
+        what = (line["key"] or "all", line["offset"], line["shard"], line["reason"])
+        log.warning("%s: left out %s at byte %d of %s: %s", title, *what)
+    if len(rejected) > FIRST_NAMED:
+        log.warning("%s: left out %d in all; %s names each", title, len(rejected), file)
+    bad_labels = sum(part.bad_labels for part in parts)
+    if bad_labels:
+        log.warning("%s: %d samples have a .cls that is no class number: they count as unlabelled", title, bad_labels)
+    for line in [line for part in parts for line in part.first_bad][:FIRST_NAMED]:
+        what = (line["key"], line["shard"], line["kind"], line["reason"])
+        log.warning("%s: kept %s of %s without its %s: %s", title, *what)
+    for kind, member in annotations.MEMBERS.items():
+        if num := sum(part.bad_annotations[kind] for part in parts):
+            log.warning("%s: %d samples are kept without their .%s", title, num, member)
 
 
 def digest(text: str) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +28,6 @@ from distssl.data.locations import Place
 from distssl.errors import ConfigError
 
 __all__ = ["COLUMNS", "INDEX_SCHEMA", "META", "PLACES"]
-
-log = logging.getLogger(__name__)
 
 VERSION = index_parts.VERSION
 MAX_PIXELS = 178_956_970  # where PIL too begins to suspect a decompression bomb
@@ -121,12 +119,11 @@ def index_locked(
     if not used:
         first = f"; the first: {rejected[0]['shard']}: {rejected[0]['reason']}" if rejected else ""
         raise ConfigError(f"{title}: no usable image in {len(paths)} tars{first}")
-    classes = _classes(used[0].tar, max(part.max_label for part in used), retry_s)
+    classes = _classes(used, title, retry_s)
     contents = [(part.content, part.rows_digest) for part in used]
     fingerprint = index_parts.digest(json.dumps([VERSION, contents, classes]))
     bad_annotations = {kind: sum(part.bad_annotations[kind] for part in used) for kind in annotations.KINDS}
-    _log_rejected(title, rejected, sum(part.bad_labels for part in used))
-    _log_bad_annotations(title, [line for part in used for line in part.first_bad], bad_annotations)
+    index_parts.log_left_out(title, parts, REJECTED)
     with atomic.replacing(out / INDEX) as file:
         index_parts.merge(used, file, fingerprint)
     with atomic.replacing(out / REJECTED) as file:
@@ -255,40 +252,32 @@ def _read(path: Place, retry_s: float) -> bytes | None:
         return None
 
 
-def _classes(tar: Place, max_label: int, retry_s: float) -> list[str]:
-    """Names from `pack`, where it wrote these tars, else the numbers."""
-    text = _read(locations.join(locations.parent(tar), PACKED), retry_s)
+def _classes(used: Sequence[Part], title: str, retry_s: float) -> list[str]:
+    """Names from `pack`, where it wrote these tars, else the numbers. Raises ConfigError where folders differ."""
+    labelled = [part for part in used if part.num_labelled] or used[:1]
+    max_label: dict[Place, int] = {}
+    for part in labelled:
+        folder = locations.parent(part.tar)
+        max_label[folder] = max(part.max_label, max_label.get(folder, -1))
+    (first, names), *others = ((folder, _packed_classes(folder, at, retry_s)) for folder, at in max_label.items())
+    for folder, other in others:
+        if other != names:
+            pairs = enumerate(itertools.zip_longest(names, other, fillvalue="without a name"))
+            i, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            raise ConfigError(
+                f"{title}: class {i} is {here} in {first} and {there} in {folder}; index them apart, or give both "
+                f"folders a {PACKED} with the same classes where their numbers mean the same"
+            )
+    return names or [str(i) for i in range(max(max_label.values()) + 1)]
+
+
+def _packed_classes(folder: Place, max_label: int, retry_s: float) -> list[str]:
+    """What `pack` called the classes of the tars in a folder; [] where it did not, or not all of them."""
     try:
-        names = json.loads(text or b"{}")["classes"]
-    except (ValueError, KeyError):
-        names = []
-    return names if len(names) > max_label else [str(i) for i in range(max_label + 1)]
-
-
-def _log_rejected(title: str, rejected: Sequence[dict], bad_labels: int) -> None:
-    for line in rejected[:FIRST_NAMED]:
-        log.warning(
-            "%s: left out %s at byte %d of %s: %s",
-            title,
-            line["key"] or "all",
-            line["offset"],
-            line["shard"],
-            line["reason"],
-        )
-    if len(rejected) > FIRST_NAMED:
-        log.warning("%s: left out %d in all; %s names each", title, len(rejected), REJECTED)
-    if bad_labels:
-        log.warning("%s: %d samples have a .cls that is no class number: they count as unlabelled", title, bad_labels)
-
-
-def _log_bad_annotations(title: str, first: Sequence[dict], count: dict[str, int]) -> None:
-    for line in first[:FIRST_NAMED]:
-        log.warning(
-            "%s: kept %s of %s without its %s: %s", title, *(line[at] for at in ("key", "shard", "kind", "reason"))
-        )
-    for kind, num in count.items():
-        if num:
-            log.warning("%s: %d samples are kept without their .%s", title, num, annotations.MEMBERS[kind])
+        names = json.loads(_read(locations.join(folder, PACKED), retry_s) or b"{}")["classes"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return names if isinstance(names, list) and len(names) > max_label else []
 
 
 def _written_path(tar: Place, place: Place) -> str:

@@ -138,6 +138,39 @@ def test_class_names_of_our_tars_are_known_to_an_index_elsewhere(tmp_path):
     assert shards.Dataset.open(shards.index(str(out), tmp_path / "elsewhere")).classes == ("cat", "dog")
 
 
+def labelled(folder: Path, classes: list[str] | None) -> None:
+    """A tar of a picture of each of two classes, with the names `pack` gives them, if any."""
+    write(folder / "a.tar", *(member for i in (0, 1) for member in ((f"{i}.jpg", picture(i)), (f"{i}.cls", b"%d" % i))))
+    if classes is not None:
+        (folder / "pack.json").write_text(json.dumps({"classes": classes}))
+
+
+@pytest.mark.parametrize("other", [["car", "dog"], ["cat", "dog", "emu"], None])
+def test_folders_whose_classes_differ_are_not_indexed_as_one(other, tmp_path):
+    labelled(tmp_path / "a", ["cat", "dog"])
+    labelled(tmp_path / "b", other)
+    with pytest.raises(ConfigError, match=f"class . is .* in {tmp_path}/a and .* in {tmp_path}/b; ") as caught:
+        shards.index(str(tmp_path / "{a,b}/*.tar"), tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out/dataset.json").exists()
+
+
+def test_folders_with_the_same_classes_and_one_without_labels_are_indexed_as_one(tmp_path):
+    write(tmp_path / "0/a.tar", ("a.jpg", picture(9)))
+    for name in "ab":
+        labelled(tmp_path / name, ["cat", "dog"])
+    dataset = shards.Dataset.open(shards.index(str(tmp_path / "{0,a,b}/*.tar"), tmp_path / "out"))
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.num_samples == 5
+
+
+@pytest.mark.parametrize("text", ["[]", '["cat"]', '{"classes": 3}', '{"classes": "cats"}', "nonsense"])
+def test_a_pack_json_of_something_else_names_no_classes(text, tmp_path):
+    labelled(tmp_path / "a", None)
+    (tmp_path / "a/pack.json").write_text(text)
+    assert shards.Dataset.open(shards.index(str(tmp_path / "a"))).classes == ("0", "1")
+
+
 def test_max_pixels_is_an_option(folder, tmp_path):
     write(folder / "a-3.tar", ("large.jpg", picture(0, size=(60, 40))))
     dataset = shards.Dataset.open(shards.index(str(folder), tmp_path / "out", max_pixels=2399))
