@@ -144,12 +144,16 @@ class _Scanner:
             return
         try:
             tar = tarfile.TarFile(fileobj=cast(BinaryIO, self.file), encoding="utf-8", errors="surrogateescape")
-        except (tarfile.TarError, ValueError) as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:
             self._reject(0, "", "not a tar", f"not a tar: {error}")
             return
         while True:
             try:
                 member = tar.next()
+            except RecursionError:
+                reason = f"tar is damaged at byte {tar.offset}: headers of headers without end; they are left out"
+                self._reject(tar.offset, "", "tar is damaged", reason)
+                return
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 self._reject(tar.offset, "", "tar is cut", f"tar is cut at byte {self.result.num_bytes}: {error}")
                 return

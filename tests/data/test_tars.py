@@ -219,6 +219,19 @@ def test_files_that_are_no_tars_are_named(tmp_path):
         assert told.startswith(reason)
 
 
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_headers_of_headers_without_end_are_named(num_before, tmp_path):
+    path = write(tmp_path / "a.tar", *((f"{i}.jpg", picture(i)) for i in range(num_before)))
+    end = sum(512 + -(-len(picture(i)) // 512) * 512 for i in range(num_before))
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 5
+    nested = 2000 * (long_name.tobuf(tarfile.GNU_FORMAT) + b"a.jpg".ljust(512, b"\0"))
+    path.write_bytes(path.read_bytes()[:end] + nested)
+    result = scan(path)
+    assert keys(result) == [str(i) for i in range(num_before)]
+    assert [rejected.kind for rejected in result.rejected] == ["tar is damaged" if num_before else "not a tar"]
+
+
 def test_random_damage_is_never_fatal(tmp_path):
     path = write(tmp_path / "a.tar", *((f"{'n' * 120}{i}.jpg", picture(i)) for i in range(4)))
     whole, rng = path.read_bytes(), np.random.default_rng(0)
