@@ -23,7 +23,8 @@ def expand(url: str, *, key: str = "url") -> Sequence[Place]:
     if locations.is_url(url):
         found: Sequence[Place] = _remote(url, key)
     else:
-        found = _local(url.removeprefix("file://"), key)
+        with locations.reading(f"{key}={url}"):
+            found = _local(url.removeprefix("file://"), key)
     if not found:
         raise ConfigError(f"{key}={url}: holds no *.tar; {WHAT}")
     return found

@@ -245,11 +245,12 @@ def _exists(path: Place, retry_s: float) -> bool:
 
 
 def _read(path: Place, retry_s: float) -> bytes | None:
-    """A small file; None where there is none."""
-    try:
-        return path.read_bytes() if isinstance(path, Path) else transfer.read(path, retry_s)
-    except (FileNotFoundError, transfer.RefusedError):
-        return None
+    """A small file; None where there is none. Raises ConfigError where one on this file system cannot be read."""
+    with locations.reading(str(path)):
+        try:
+            return path.read_bytes() if isinstance(path, Path) else transfer.read(path, retry_s)
+        except (FileNotFoundError, transfer.RefusedError):
+            return None
 
 
 def _classes(used: Sequence[Part], title: str, retry_s: float) -> list[str]:
@@ -273,8 +274,9 @@ def _classes(used: Sequence[Part], title: str, retry_s: float) -> list[str]:
 
 def _packed_classes(folder: Place, max_label: int, retry_s: float) -> list[str]:
     """What `pack` called the classes of the tars in a folder; [] where it did not, or not all of them."""
+    text = _read(locations.join(folder, PACKED), retry_s)
     try:
-        names = json.loads(_read(locations.join(folder, PACKED), retry_s) or b"{}")["classes"]
+        names = json.loads(text or b"{}")["classes"]
     except (ValueError, KeyError, TypeError):
         return []
     return names if isinstance(names, list) and len(names) > max_label else []

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -44,6 +46,16 @@ def join(folder: Place, path: str) -> Place:
     if is_url(path):
         return path
     return f"{str(folder).rstrip('/')}/{path}" if is_url(folder) else Path(folder) / path
+
+
+@contextmanager
+def reading(title: str) -> Iterator[None]:
+    """Raises ConfigError where a path the user gave cannot be read or cannot be a path."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename is None or str(error.filename) in title else f"{error.filename} "
+        raise ConfigError(f"{title}: {where}cannot be read: {error.strerror}; give what can be read") from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -62,7 +62,8 @@ def pack(
     holds no image; `out` holds something else; the disk is too small.
     """
     out = out.resolve()
-    if Path(source).is_dir() and out.is_relative_to(Path(source).resolve()):
+    kind, path = sources.recognise(source, key=key)
+    if kind == "folder" and out.is_relative_to(path.resolve()):
         raise ConfigError(f"out={out}: lies inside {key}={source}; give a folder outside it")
     opened = sources.open_source(source, out.parent / "downloads", key=key)
     plan = _plan(opened, samples_per_shard, shard_bytes, seed)
@@ -130,8 +131,8 @@ def _keys(names: Sequence[str]) -> list[str]:
 def _claim(out: Path, plan: Plan, source: sources.Source) -> None:
     """Writes the plan into an empty `out`; goes on with the same plan; refuses anything else."""
     try:
-        found = json.loads((out / indexing.PACKED).read_text(encoding="utf-8")).get("plan")
-    except (FileNotFoundError, ValueError):
+        found = json.loads((out / indexing.PACKED).read_text(encoding="utf-8"))["plan"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         found = None
     if found == plan.fingerprint:
         return

@@ -40,9 +40,11 @@ def prepare(
     if locations.is_url(source):
         return _prepare_remote(source, cache_dir, progress, key, retry_s)
     path = Path(source).expanduser()
-    if (path / indexing.DATASET).exists():
-        return path.resolve()
-    if _names_tars(source, path):
+    with locations.reading(f"{key}={source}"):
+        if (path / indexing.DATASET).exists():
+            return path.resolve()
+        names_tars = _names_tars(source, path)
+    if names_tars:
         return _index_tars(source, cache_dir, progress, key)
     identity = f"{indexing.VERSION} {sources.identity(source, key=key)}"
     folder = cache_dir / f"{_plain(source)}-{_digest(identity)}"

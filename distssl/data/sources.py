@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import lzma
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from distssl.data import catalogue, digits, files, images
+from distssl.data import catalogue, digits, files, images, locations
 from distssl.errors import ConfigError
 
 PATH_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "image_file")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 DIGITS = "scattered_digits"
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +61,11 @@ def recognise(source: str, *, key: str = "source") -> tuple[str, Path]:
     """(kind, path): folder, zip, csv, digits or torchvision. Raises ConfigError for anything else."""
     path = Path(source).expanduser()
     name, _, split = source.partition(":")
-    if path.is_dir():
-        return "folder", path
-    if path.is_file():
-        if zipfile.is_zipfile(path):
-            return "zip", path
-        if path.suffix.lower() in (".csv", ".tsv"):
-            return "csv", path
-        raise ConfigError(f"{key}={source}: is a file, but no zip, CSV or tar; give one of those or a folder")
+    with locations.reading(f"{key}={source}"):
+        if path.is_dir():
+            return "folder", path
+        if path.is_file():
+            return _kind_of_file(path, f"{key}={source}"), path
     if name.lower() == DIGITS:
         if split not in ("", "train", "test"):
             raise ConfigError(f"{key}={source}: no such split; there is {DIGITS}:train and {DIGITS}:test")
@@ -77,6 +75,15 @@ def recognise(source: str, *, key: str = "source") -> tuple[str, Path]:
     if os.sep in source or path.suffix:
         raise ConfigError(f"{key}={source}: does not exist; give a folder, zip, CSV, tars or the name of a data set")
     raise ConfigError(f"{key}={source}: neither a path nor a data set. {catalogue.suggestion(name, [DIGITS])}")
+
+
+def _kind_of_file(path: Path, title: str) -> str:
+    with open(path, "rb") as file:  # by itself is_zipfile takes what cannot be read for no zip
+        if zipfile.is_zipfile(file):
+            return "zip"
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return "csv"
+    raise ConfigError(f"{title}: is a file, but no zip, CSV or tar; give one of those or a folder")
 
 
 def identity(source: str, *, key: str = "source") -> str:
@@ -92,9 +99,14 @@ def identity(source: str, *, key: str = "source") -> str:
     listed = files.walk(path) if kind == "folder" else [(path, path.name)]
     if kind == "csv":
         listed += [(path.parent / name, name) for name, _ in _csv_rows(path, f"{key}={source}")]
-    return "\n".join(
-        [str(path.resolve()), *(f"{name} {files.stamp(file.stat())}" for file, name in listed if file.exists())]
-    )
+    return "\n".join([str(path.resolve()), *(f"{name} {stamp}" for file, name in listed if (stamp := _stamp(file)))])
+
+
+def _stamp(file: Path) -> str | None:
+    try:
+        return files.stamp(file.stat())
+    except (OSError, ValueError):  # `open_source` says so
+        return None
 
 
 def label_by_folder(names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -137,12 +149,12 @@ def _folder(root: Path, title: str) -> Source:
 def _zip(path: Path, title: str) -> Source:
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except DAMAGED_ZIP as error:
         raise ConfigError(f"{title}: is a damaged zip: {error}") from error
     left_out = files.LeftOut(title)
     entries: list[zipfile.ZipInfo] = []
     for entry in archive.infolist():
-        if entry.is_dir() or files.is_hidden(entry.filename):
+        if not entry.filename or entry.is_dir() or files.is_hidden(entry.filename):
             continue
         if entry.flag_bits & 1:
             raise ConfigError(f"{title}: is encrypted; unpack it and give the folder")
@@ -185,8 +197,8 @@ def _csv(path: Path, title: str) -> Source:
         file = path.parent / name
         try:
             stat = file.stat()
-        except OSError as error:
-            left_out.add(name, error.strerror or str(error))
+        except (OSError, ValueError) as error:  # ValueError: no path has a NUL in it
+            left_out.add(name, getattr(error, "strerror", None) or str(error))
             continue
         if name in kept:
             left_out.add(name, "listed before")
@@ -211,7 +223,8 @@ def _csv(path: Path, title: str) -> Source:
 
 def _csv_rows(path: Path, title: str) -> list[tuple[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with locations.reading(title):
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{title}: is not UTF-8 text; save it as UTF-8") from error
     first = text.partition("\n")[0]

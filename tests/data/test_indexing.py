@@ -171,6 +171,13 @@ def test_a_pack_json_of_something_else_names_no_classes(text, tmp_path):
     assert shards.Dataset.open(shards.index(str(tmp_path / "a"))).classes == ("0", "1")
 
 
+def test_a_pack_json_that_cannot_be_read_is_one_line(tmp_path):
+    labelled(tmp_path / "a", None)
+    (tmp_path / "a/pack.json").mkdir()
+    with pytest.raises(ConfigError, match=r"a/pack\.json: cannot be read: Is a directory"):
+        shards.index(str(tmp_path / "a"))
+
+
 def test_max_pixels_is_an_option(folder, tmp_path):
     write(folder / "a-3.tar", ("large.jpg", picture(0, size=(60, 40))))
     dataset = shards.Dataset.open(shards.index(str(folder), tmp_path / "out", max_pixels=2399))

@@ -182,6 +182,17 @@ def test_a_folder_of_somebody_elses_tars_is_refused(folder, tmp_path):
     assert (tmp_path / "out/theirs.tar").read_bytes() == b"precious"
 
 
+def test_a_folder_with_a_pack_json_of_something_else_is_packed_into(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pack.json").write_text("[]")
+    assert shards.Dataset.open(shards.pack(str(folder), tmp_path / "out")).num_samples == 40
+
+
+def test_a_source_whose_name_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"^source=(long)+: cannot be read: File name too long"):
+        shards.pack("long" * 80, tmp_path / "out")
+
+
 def test_packing_into_the_source_itself_is_refused(folder):
     with pytest.raises(ConfigError, match="lies inside"):
         shards.pack(str(folder), folder / "out")

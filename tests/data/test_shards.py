@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tarfile
 from pathlib import Path
@@ -116,6 +117,7 @@ def test_two_processes_that_pack_the_same_take_turns(photos, tmp_path):
         ("nowhere.tar", "does not exist"),
         ("s4://bucket/*.tar", "is not known"),
         ("text", "holds no image"),
+        *((f"{'long' * 80}{end}", "File name too long; give") for end in ("", ".tar", "/*.tar")),
     ],
 )
 def test_a_mistake_is_one_line_with_the_key_and_the_value(source, says, tmp_path, monkeypatch):
@@ -125,6 +127,23 @@ def test_a_mistake_is_one_line_with_the_key_and_the_value(source, says, tmp_path
         shards.prepare(source, tmp_path / "cache")
     assert str(caught.value).startswith("data.source" + (f"={source}: " if source else ": "))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["exists", "iterdir"])
+def test_a_folder_that_cannot_be_read_is_one_line(name, photos, tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(ConfigError, match=rf"^data\.source={photos}: .*cannot be read: Permission denied; give"):
+        shards.prepare(str(photos), tmp_path / "cache")
+
+
+def test_a_csv_of_paths_that_cannot_be_is_packed_without_them(photos, tmp_path, caplog):
+    (tmp_path / "s.csv").write_text(f"path\nphotos/0.jpg\nnu\0l.jpg\n{'long' * 80}.jpg\n")
+    assert shards.Dataset.open(shards.prepare(str(tmp_path / "s.csv"), tmp_path / "cache")).num_samples == 1
+    assert "null byte" in caplog.text
+    assert "File name too long" in caplog.text
 
 
 def test_bad_tars_name_the_key_too(tarred, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import zipfile
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distssl.data import sources
+from distssl.data import images, sources
 from distssl.errors import ConfigError
 
 
@@ -171,6 +172,59 @@ def test_empty_and_imageless_sources_are_refused(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=says):
             open_source(tmp_path / name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["s.zip", "s.csv"])
+def test_a_file_that_cannot_be_opened_is_not_taken_for_another_kind(name, tmp_path, monkeypatch):
+    def refuse(path: Path, _mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / name).write_bytes(b"")
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    with pytest.raises(ConfigError, match=r"data\.source=.*: cannot be read: Permission denied"):
+        open_source(tmp_path / name, tmp_path)
+
+
+def test_a_csv_whose_reading_fails_is_one_line(tmp_path):
+    (tmp_path / "s.csv").symlink_to("/proc/self/mem")  # opens; its first byte is an I/O error
+    with pytest.raises(ConfigError, match=r"data\.source=.*: cannot be read: Input/output error"):
+        open_source(tmp_path / "s.csv", tmp_path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_entry_of_a_zip_is_named_and_the_others_are_read(method, tmp_path, caplog):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", method) as archive:
+        for i, name in enumerate(("a.jpg", "b.jpg", "without_suffix")):
+            archive.writestr(name, picture(i))
+        damaged = [archive.getinfo(name) for name in ("a.jpg", "without_suffix")]
+    data = bytearray((tmp_path / "s.zip").read_bytes())
+    for entry in damaged:
+        at = entry.header_offset + 30 + len(entry.filename)
+        data[at + 4 : at + entry.compress_size] = b"\xff" * (entry.compress_size - 4)
+    (tmp_path / "s.zip").write_bytes(data)
+    source = open_source(tmp_path / "s.zip", tmp_path)
+    assert list(source.names) == ["a.jpg", "b.jpg"]
+    assert "without_suffix" in caplog.text
+    with pytest.raises(images.ImageError, match="damaged in the zip"):
+        source.read(0)
+    assert source.read(1) == (picture(1), -1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({6: 200}, "damaged zip"), ({28: 0, 32: len("a.jpg")}, "holds no image")],
+    ids=["version", "the name is a comment"],
+)
+def test_a_zip_with_a_damaged_directory_is_one_line(changes, says, tmp_path):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.writestr("a.jpg", picture(0))
+    data = bytearray((tmp_path / "s.zip").read_bytes())
+    entry = data.index(b"PK\1\2")
+    for at, value in changes.items():
+        data[entry + at] = value
+    (tmp_path / "s.zip").write_bytes(data)
+    with pytest.raises(ConfigError, match=says):
+        open_source(tmp_path / "s.zip", tmp_path)
 
 
 def test_identity_changes_with_the_source_and_only_then(tmp_path):
