@@ -8,7 +8,7 @@ import lzma
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from distssl.data import catalogue, digits, files, images, locations
@@ -227,14 +227,31 @@ def _csv_rows(path: Path, title: str) -> list[tuple[str, str]]:
             text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{title}: is not UTF-8 text; save it as UTF-8") from error
-    first = text.partition("\n")[0]
-    reader = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=first.count))
-    columns = {name.strip().lower(): name for name in reader.fieldnames or [] if name}
+    lines = _csv_lines(text, title)
+    columns = {name.strip().lower(): i for i, name in enumerate(next(lines, [])) if name}
     at = next((columns[name] for name in PATH_COLUMNS if name in columns), None)
     label = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
     if at is None:
         raise ConfigError(f"{title}: no path column among {', '.join(columns)!r}; name it one of {PATH_COLUMNS}")
-    return [(row[at].strip(), ((row[label] or "") if label else "").strip()) for row in reader if row[at]]
+    return [(name, _cell(line, label)) for line in lines if (name := _cell(line, at))]
+
+
+def _cell(line: list[str], column: int | None) -> str:
+    """What stands there; "" where the line ends before it."""
+    return line[column].strip() if column is not None and column < len(line) else ""
+
+
+def _csv_lines(text: str, title: str) -> Iterator[list[str]]:
+    """The header and the rows. Raises ConfigError, with the line it begins in, for one that cannot be read."""
+    first = text.partition("\n")[0]
+    reader = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count), strict=True)
+    begin = 1
+    try:
+        for row in reader:
+            yield row
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{title}: cannot be read from line {begin} on: {error}; close each quote") from error
 
 
 def _digits(split: str) -> Source:

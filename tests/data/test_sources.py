@@ -104,6 +104,29 @@ def test_a_csv_names_paths_and_classes(header, delimiter, tmp_path):
     assert content(source) == {name: (made[name], label) for name, label in labels.items()}
 
 
+@pytest.mark.parametrize(
+    ("lines", "number"),
+    [
+        (["path,label", "a.jpg,cat", '"b.jpg,cat', "c.jpg,cat"], 3),
+        (["path,label", "", 'a.jpg,"cat', 'b.jpg,"cat'], 3),
+        (["path,label", '"a.jpg,cat', *["b.jpg,cat"] * 20_000], 2),  # more than the csv module takes for one field
+        (['"path,label', "a.jpg,cat"], 1),
+    ],
+)
+def test_a_quote_that_is_not_closed_does_not_swallow_rows(lines, number, tmp_path):
+    lay(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    (tmp_path / "s.csv").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=rf"data\.source=.*: cannot be read from line {number} on: .*quote") as caught:
+        open_source(tmp_path / "s.csv", tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_quotes_that_are_closed_hold_delimiters_and_quotes(tmp_path):
+    made = lay(tmp_path, 'a, "b".jpg')
+    (tmp_path / "s.csv").write_text('path,label\n"a, ""b"".jpg",cat\n')
+    assert content(open_source(tmp_path / "s.csv", tmp_path)) == {'a, "b".jpg': (made['a, "b".jpg'], 0)}
+
+
 def test_numbers_in_a_csv_are_sorted_as_numbers(tmp_path):
     lay(tmp_path, "a.jpg", "b.jpg")
     (tmp_path / "s.csv").write_text("file,label\na.jpg,10\nb.jpg,9\n")
