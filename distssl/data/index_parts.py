@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,6 +116,36 @@ def merge(parts: Sequence[Part], file: Path, fingerprint: str) -> None:
             column = pa.array([shard], pa.int32()).take(pa.array([0] * table.num_rows, pa.int32()))
             rows = pa.Table.from_arrays([column, *table.columns], schema=schema)
             writer.write_table(rows, row_group_size=max(1, table.num_rows))
+
+
+def described(parts: Sequence[Part], place: Place) -> dict[str, Any]:
+    """What dataset.json in `place` says of the tars' scans."""
+    rejected = [line for part in parts for line in part.rejected]
+    reasons = collections.Counter(line["kind"] for line in rejected)
+    return {
+        "samples": sum(part.num_samples for part in parts),
+        "labelled": sum(part.num_labelled for part in parts),
+        "bad_labels": sum(part.bad_labels for part in parts),
+        "annotated": {kind: sum(part.num_annotated[kind] for part in parts) for kind in annotations.KINDS},
+        "bad_annotations": {kind: sum(part.bad_annotations[kind] for part in parts) for kind in annotations.KINDS},
+        "rejected": {
+            "count": len(rejected),
+            "by_reason": dict(reasons.most_common()),
+            "first": rejected[:FIRST_NAMED],
+        },
+        "shards": [_shard(part, place) for part in parts if part.num_samples],
+    }
+
+
+def _shard(part: Part, place: Place) -> dict[str, Any]:
+    """A tar in dataset.json, its path relative where it lies under the index, so that the folder can be moved."""
+    tar = part.tar
+    if isinstance(tar, str):
+        path = tar.removeprefix(f"{place}/")
+    else:
+        path = tar.relative_to(place).as_posix() if tar.is_relative_to(place) else str(tar)
+    remote = {"etag": part.tag} if part.sha256 is None else {}
+    return {"path": path, "bytes": part.num_bytes, "sha256": part.sha256, "samples": part.num_samples, **remote}
 
 
 def log_left_out(title: str, parts: Sequence[Part], file: str) -> None:

@@ -10,20 +10,20 @@ what else the store says changes with it) and the names of the classes.
 
 from __future__ import annotations
 
-import collections
 import functools
 import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from distssl import atomic, config, stores
-from distssl.data import annotations, expansion, index_parts, locations, tars, transfer
-from distssl.data.index_parts import COLUMNS, FIRST_NAMED, INDEX_SCHEMA, META, PLACES, Part
+from distssl.data import expansion, index_parts, locations, tars, transfer
+from distssl.data.index_parts import COLUMNS, INDEX_SCHEMA, META, PLACES, Part
 from distssl.data.locations import Place
 from distssl.errors import ConfigError
 
@@ -35,6 +35,7 @@ DATASET, INDEX, REJECTED, PARTS, PACKED = "dataset.json", "index.parquet", "reje
 THREADS, VERIFYING_THREADS = 16, 4  # for remote tars, which make a thread wait
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 class UnwritableError(ConfigError):
@@ -45,8 +46,8 @@ def index(
     url: str,
     out: Place | None = None,
     *,
-    verify: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    verify: bool | None = None,
+    max_pixels: int | None = None,
     progress: Progress | None = None,
     key: str = "url",
     cache_dir: Path | None = None,
@@ -55,8 +56,9 @@ def index(
     """Indexes the tars that `url` (a folder, a tar, a glob, a brace pattern) names and returns the index's folder.
 
     `out` defaults to the tars' own folder. With `verify` every image is decoded by DALI; images of more than
-    `max_pixels` are left out before anything decodes them. `progress(done, total)` counts tars. Bad tars and images are
-    named in `rejected.jsonl`. `cache_dir` keeps what is known of remote tars meanwhile, by default that of a run.
+    `max_pixels` are left out before anything decodes them. What neither says is as in the index that is there, which on
+    a store stays as it is while its tars do. `progress(done, total)` counts tars. Bad tars and images are named in
+    `rejected.jsonl`. `cache_dir` keeps what is known of remote tars meanwhile, by default that of a run.
     Raises ConfigError: nothing there, nothing usable, the index of other tars, and UnwritableError where `out` is.
     """
     paths = expansion.expand(url, key=key)
@@ -65,6 +67,8 @@ def index(
         raise ConfigError(f"out={out}: {url} is on this file system, so a folder is right; copy both to the store")
     home = default_place(url, paths, key) if out is None else out
     if isinstance(home, str) and locations.is_url(home):
+        if verify is None and max_pixels is None and _holds(paths, home.rstrip("/"), retry_s):
+            return home.rstrip("/")
         return _index_beside(paths, home.rstrip("/"), scan, f"{key}={url}", cache_dir, retry_s)
     folder = Path(home).resolve()
     atomic.make_folder(folder)
@@ -102,17 +106,21 @@ def index_locked(
     title: str,
     *,
     home: str | None = None,
-    verify: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    verify: bool | None = None,
+    max_pixels: int | None = None,
     progress: Progress | None = None,
     retry_s: float = transfer.RETRY_S,
 ) -> Path:
     """`index` for a caller that holds `atomic.locked(out)`; `paths` absolute and sorted.
 
-    home: the URL the index will lie at, if it is made for one.
+    home: the URL the index will lie at, if it is made for one. What verify and max_pixels do not say is as in the index
+    that is there, else not verified and MAX_PIXELS.
     """
     place = home or out
-    _refuse_other_shards(paths, place, retry_s)
+    known, listed = _known(place, retry_s)
+    _refuse_other_shards(paths, listed, place, retry_s)
+    verify = known.get("verify") is True if verify is None else verify
+    max_pixels = int(known.get("max_pixels", MAX_PIXELS)) if max_pixels is None else max_pixels
     parts = _scan_all(paths, out, verify=verify, max_pixels=max_pixels, progress=progress, retry_s=retry_s)
     rejected = [line for part in parts for line in part.rejected]
     used = [part for part in parts if part.num_samples]
@@ -122,7 +130,6 @@ def index_locked(
     classes = _classes(used, title, retry_s)
     contents = [(part.content, part.rows_digest) for part in used]
     fingerprint = index_parts.digest(json.dumps([VERSION, contents, classes]))
-    bad_annotations = {kind: sum(part.bad_annotations[kind] for part in used) for kind in annotations.KINDS}
     index_parts.log_left_out(title, parts, REJECTED)
     with atomic.replacing(out / INDEX) as file:
         index_parts.merge(used, file, fingerprint)
@@ -131,29 +138,14 @@ def index_locked(
     description = {
         "version": VERSION,
         "fingerprint": fingerprint,
-        "samples": sum(part.num_samples for part in used),
-        "labelled": sum(part.num_labelled for part in used),
-        "bad_labels": sum(part.bad_labels for part in used),
-        "annotated": {kind: sum(part.num_annotated[kind] for part in used) for kind in annotations.KINDS},
-        "bad_annotations": bad_annotations,
+        "verify": verify,
+        "max_pixels": max_pixels,
         "classes": classes,
-        "rejected": {
-            "count": len(rejected),
-            "by_reason": dict(collections.Counter(line["kind"] for line in rejected).most_common()),
-            "first": rejected[:FIRST_NAMED],
-        },
-        "shards": [_described(part, place) for part in used],
+        **index_parts.described(parts, place),
     }
     with atomic.replacing(out / DATASET) as file:  # last: a folder with it is complete
         file.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return out
-
-
-def _described(part: Part, place: Place) -> dict:
-    """A shard in dataset.json."""
-    found = {"bytes": part.num_bytes, "sha256": part.sha256, "samples": part.num_samples}
-    remote = {"etag": part.tag} if part.sha256 is None else {}
-    return {"path": _written_path(part.tar, place), **found, **remote}
 
 
 def default_place(url: str, paths: Sequence[Place], key: str = "url") -> Place:
@@ -209,8 +201,8 @@ def _scan_all(
 
 @contextmanager
 def _mapped(
-    function: Callable[[Place], Part], paths: Sequence[Place], num_threads: int, stop: threading.Event
-) -> Iterator[Iterator[Part]]:
+    function: Callable[[Place], T], paths: Sequence[Place], num_threads: int, stop: threading.Event
+) -> Iterator[Iterator[T]]:
     """`map`, by several threads if asked to, which `stop` ends: set when one fails, or somebody presses Ctrl-C."""
     if num_threads == 1:
         yield map(function, paths)
@@ -223,18 +215,41 @@ def _mapped(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _refuse_other_shards(paths: Sequence[Place], place: Place, retry_s: float) -> None:
-    """An index is replaced only by one of the same tars and more."""
+def _known(place: Place, retry_s: float) -> tuple[dict[str, Any], dict[Place, dict[str, Any]]]:
+    """dataset.json and its shards by place; nothing where there is none or a damaged one, which indexing mends."""
     text = _read(locations.join(place, DATASET), retry_s)
-    if text is None:
-        return
     try:
-        listed = [locations.join(place, shard["path"]) for shard in json.loads(text)["shards"]]
+        found = json.loads(text or b"{}")
+        return found, {locations.join(place, shard["path"]): shard for shard in found["shards"]}
     except (ValueError, KeyError, TypeError):
-        return  # damaged: indexing again is the way to mend it
-    other = [path for path in listed if path not in set(paths) and _exists(path, retry_s)]
-    if other:
-        raise ConfigError(f"out: {place} holds the index of other tars ({other[0]}); give another folder")
+        return {}, {}
+
+
+def _refuse_other_shards(paths: Sequence[Place], listed: Iterable[Place], place: Place, retry_s: float) -> None:
+    """An index is replaced only by one of the same tars and more."""
+    wanted = set(paths)
+    other = next((path for path in listed if path not in wanted and _exists(path, retry_s)), None)
+    if other is not None:
+        raise ConfigError(f"out: {place} holds the index of other tars ({other}); give another folder")
+
+
+def _holds(paths: Sequence[Place], home: str, retry_s: float) -> bool:
+    """Whether the index on a store is of these very tars; a sha256 in it is checked when the tar is read."""
+    known, listed = _known(home, retry_s)
+    if known.get("version") != VERSION or set(listed) != set(paths):
+        return False
+    stop = threading.Event()
+
+    def same(path: Place) -> bool:
+        found, shard = transfer.opened(str(path), retry_s, stop), listed[path]
+        as_tagged = bool(found.tag) and found.tag == shard.get("etag")
+        return found.size == shard.get("bytes") and (as_tagged or bool(shard.get("sha256")))
+
+    try:
+        with _mapped(same, paths, THREADS, stop) as results:
+            return all(results)
+    except transfer.RefusedError:  # indexing says which
+        return False
 
 
 def _exists(path: Place, retry_s: float) -> bool:
@@ -280,10 +295,3 @@ def _packed_classes(folder: Place, max_label: int, retry_s: float) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return []
     return names if isinstance(names, list) and len(names) > max_label else []
-
-
-def _written_path(tar: Place, place: Place) -> str:
-    """Relative where the tar lies under the index, so that the folder can be moved."""
-    if isinstance(tar, str):
-        return tar.removeprefix(f"{place}/")
-    return tar.relative_to(place).as_posix() if tar.is_relative_to(place) else str(tar)

@@ -14,7 +14,7 @@ import torch
 from nvidia.dali import fn, types
 from PIL import Image
 
-from distssl.data import annotations, augment, indexing, packing, shards
+from distssl.data import annotations, augment, index_parts, indexing, packing, shards
 from distssl.data.annotations import KINDS, MEMBERS
 from distssl.data.loader import Loader, Request
 from distssl.data.quarantine import Quarantine
@@ -160,7 +160,7 @@ def test_bad_annotations_are_counted_and_named_and_their_images_kept(
         assert described["bad_annotations"] == {kind: sum(kind == bad[0] for bad in BAD) for kind in KINDS}
         assert described["rejected"]["count"] == 0
         named = [line for line in caplog.messages if " without its " in line]
-        assert len(named) == indexing.FIRST_NAMED
+        assert len(named) == index_parts.FIRST_NAMED
         assert named[0].endswith(f"kept a0 of a.tar without its mask: {annotations.problem(*BAD[0][:2], 4, 6)}")
         assert caplog.messages[-1].endswith("4 samples are kept without their .keypoints.json")
 

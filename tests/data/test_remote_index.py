@@ -220,6 +220,36 @@ def test_verify_decodes_what_a_header_does_not_tell(server: ObjectServer, folder
         assert Dataset.open(out, Machine(cache=tmp_path / "cache")).num_samples == num
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_index_on_a_store_stays_as_it_is_while_its_tars_do(
+    server: ObjectServer, folder: Path, tmp_path: Path, verify: bool
+) -> None:
+    """Also where another machine, whose cache is empty, prepares the same."""
+    cut, url = planted.picture(0, "JPEG", (400, 300)), f"{server.url}/t/{{0..1}}.tar"
+    planted.write_tar(folder / "1.tar", [("cut.jpg", cut[: len(cut) // 2]), ("whole.jpg", cut)])
+    indexing.index(url, verify=verify, cache_dir=tmp_path / "here")
+    before = (folder / "dataset.json").read_bytes()
+    server.asked.clear()
+    assert shards.prepare(url, tmp_path / "elsewhere") == f"{server.url}/t"
+    assert not server.reads("t/0.tar")
+    assert not server.reads("t/1.tar")
+    assert (folder / "dataset.json").read_bytes() == before
+    planted.write_tar(folder / "1.tar", [("cut.jpg", cut[: len(cut) // 2]), ("other.jpg", cut), ("third.jpg", cut)])
+    (folder / "0.tar").unlink()
+    shards.prepare(url, tmp_path / "elsewhere")
+    described = json.loads((folder / "dataset.json").read_text())
+    assert (described["verify"], described["samples"]) == (verify, 2 if verify else 3)
+
+
+def test_an_index_of_a_folder_packed_here_and_copied_is_not_made_anew_by_a_pattern(
+    server: ObjectServer, folder: Path, tmp_path: Path
+) -> None:
+    shards.index(str(folder))
+    before = (folder / "dataset.json").read_bytes()
+    assert shards.prepare(f"{server.url}/t/{{0..2}}.tar", tmp_path / "cache") == f"{server.url}/t"
+    assert (folder / "dataset.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from distssl import atomic
 from distssl.data import indexing, shards
 from distssl.errors import ConfigError
+from tests import planted
 
 
 def picture(number: int) -> bytes:
@@ -86,6 +88,38 @@ def test_tars_are_indexed_where_they_lie(url, tarred, tmp_path):
     assert shards.Dataset.open(folder).num_samples == 1
     assert shards.prepare(str(tmp_path / url), tmp_path / "cache") == folder
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_verified_index_stays_verified_also_when_tars_are_added(tarred, tmp_path):
+    cut = planted.picture(1, "JPEG")
+    planted.write_tar(tarred / "a.tar", [("a.jpg", picture(0)), ("cut.jpg", cut[: len(cut) // 2])])
+    folder = shards.index(str(tarred), verify=True, max_pixels=10_000)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".tar"}
+    for pattern in ("*.tar", "a.tar"):
+        assert shards.prepare(str(tarred / pattern), tmp_path / "cache") == folder
+        assert {path: path.read_bytes() for path in before} == before
+    planted.write_tar(tarred / "b.tar", [("cut2.jpg", cut[: len(cut) // 2]), ("b.jpg", picture(2))])
+    planted.write_tar(tarred / "c.tar", [("large.png", planted.picture(3, size=(200, 100)))])
+    assert shards.prepare(str(tarred / "*.tar"), tmp_path / "cache") == folder
+    assert shards.Dataset.open(folder).num_samples == 2
+
+
+def test_packing_again_leaves_a_verified_index(photos, tmp_path):
+    out = shards.pack(str(photos), tmp_path / "out")
+    before = (shards.index(str(out), verify=True) / "dataset.json").read_bytes()
+    assert json.loads(before)["verify"]
+    shards.pack(str(photos), out)
+    assert (out / "dataset.json").read_bytes() == before
+
+
+def test_an_index_that_does_not_say_how_it_was_made_is_read_and_made_anew(tarred, tmp_path):
+    folder = shards.prepare(str(tarred / "*.tar"), tmp_path / "cache")
+    described = json.loads((folder / "dataset.json").read_text())
+    old = {key: value for key, value in described.items() if key not in ("verify", "max_pixels")}
+    (folder / "dataset.json").write_text(json.dumps(old))
+    assert shards.Dataset.open(folder).fingerprint == described["fingerprint"]
+    assert shards.prepare(str(tarred / "*.tar"), tmp_path / "cache") == folder
+    assert json.loads((folder / "dataset.json").read_text()) == described
 
 
 def test_tars_that_cannot_be_written_beside_are_indexed_in_the_cache(tarred, tmp_path, monkeypatch):
