@@ -33,7 +33,10 @@ def suggestion(name: str, also: list[str]) -> str:
 
 
 def load(source: str, downloads: Path, *, key: str) -> Any:
-    """The data set `NAME[:SPLIT]`, downloaded into `downloads` where it is not there. Raises ConfigError."""
+    """The data set `NAME[:SPLIT]`, downloaded into `downloads` where it is not there. Raises ConfigError.
+
+    For a caller that holds `atomic.locked(downloads)`.
+    """
     name, _, split = source.partition(":")
     found = find(name)
     assert found is not None
@@ -41,7 +44,6 @@ def load(source: str, downloads: Path, *, key: str) -> Any:
     if "download" in options:
         log.info("%s: looking in %s, downloading what is missing", source, downloads)
     try:
-        downloads.mkdir(parents=True, exist_ok=True)
         return found(root=str(downloads), **options)
     except ValueError as error:  # torchvision's own check of the split's name
         raise ConfigError(f"{key}={source}: {first_line(error)[:200]}") from error

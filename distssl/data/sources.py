@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from distssl import atomic
 from distssl.data import catalogue, digits, files, images, locations
 from distssl.errors import ConfigError
 
@@ -267,7 +268,9 @@ def _digits(split: str) -> Source:
 
 
 def _from_catalogue(source: str, downloads: Path, key: str) -> Source:
-    data = catalogue.load(source, downloads, key=key)
+    atomic.make_folder(downloads)
+    with atomic.locked(downloads):  # every rank of a host prepares, and torchvision writes where it reads
+        data = catalogue.load(source, downloads, key=key)
     size = catalogue.mean_bytes(data)
     return Source(
         title=source,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import struct
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from distssl import atomic
 from distssl.data import images, sources
 from distssl.errors import ConfigError
 
@@ -133,13 +136,19 @@ def test_numbers_in_a_csv_are_sorted_as_numbers(tmp_path):
     assert open_source(tmp_path / "s.csv", tmp_path).classes == ("9", "10")
 
 
-def test_a_torchvision_data_set_is_found_in_any_case_and_its_pixels_come_as_png(tmp_path):
-    raw = tmp_path / "downloads/MNIST/raw"
+def lay_mnist(downloads: Path) -> np.ndarray:
+    """Five images to train with, the first three of them to test with: uint8 [N, H, W]."""
+    raw = downloads / "MNIST/raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 255, (5, 28, 28), dtype=np.uint8)
     for split, n in (("train", 5), ("t10k", 3)):
         (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + pixels[:n].tobytes())
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + bytes(range(n)))
+    return pixels
+
+
+def test_a_torchvision_data_set_is_found_in_any_case_and_its_pixels_come_as_png(tmp_path):
+    pixels = lay_mnist(tmp_path / "downloads")
     source = open_source("mnist", tmp_path)
     assert len(source.names) == 5
     assert len(source.classes) == 10
@@ -147,6 +156,18 @@ def test_a_torchvision_data_set_is_found_in_any_case_and_its_pixels_come_as_png(
     assert label == 4
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels[4])
     assert len(open_source("MNIST:test", tmp_path).names) == 3
+
+
+def test_processes_that_want_the_same_download_take_turns(tmp_path, caplog):
+    caplog.set_level("INFO")
+    lay_mnist(tmp_path / "downloads")
+    with ThreadPoolExecutor(1) as pool:  # the lock keeps threads apart as it does processes
+        with atomic.locked(tmp_path / "downloads"):
+            opened = pool.submit(open_source, "mnist", tmp_path)
+            while "waiting for it" not in caplog.text and not opened.done():
+                time.sleep(0.01)
+            assert not opened.done()
+        assert len(opened.result(timeout=60).names) == 5
 
 
 def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
