@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -130,15 +132,20 @@ def test_tars_that_cannot_be_written_beside_are_indexed_in_the_cache(tarred, tmp
     assert [path.name for path in tarred.iterdir()] == ["a.tar"]
 
 
-def test_two_processes_that_pack_the_same_take_turns(photos, tmp_path):
+def test_two_processes_that_pack_the_same_take_turns(photos, tmp_path, caplog):
     """flock belongs to the open file, so a second open in this process is as good as another process."""
-    (tmp_path / "out").mkdir()
-    with atomic.locked(tmp_path / "out"):
-        import fcntl
-
-        with open(tmp_path / "out/.lock") as other, pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert shards.Dataset.open(shards.pack(str(photos), tmp_path / "out")).num_samples == 9
+    caplog.set_level("INFO")
+    out = tmp_path / "out"
+    out.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with atomic.locked(out):
+            packed = pool.submit(shards.pack, str(photos), out)
+            while "waiting for it" not in caplog.text and not packed.done():
+                time.sleep(0.01)
+            assert not packed.done()
+            assert [path.name for path in out.iterdir()] == [".lock"]
+        assert shards.Dataset.open(packed.result(timeout=60)).num_samples == 9
+        assert list(out.glob("*.tar"))
 
 
 @pytest.mark.parametrize(
