@@ -205,6 +205,19 @@ def test_an_index_of_other_tars_is_not_replaced(folder, tmp_path):
     assert state(tmp_path / "out") == before
 
 
+def test_tars_are_compared_with_those_of_the_index_in_linear_time(tmp_path):
+    class Counted(list):
+        iterations = 0
+
+        def __iter__(self):
+            self.iterations += 1
+            return super().__iter__()
+
+    paths = Counted(tmp_path / f"{i}.tar" for i in range(9))
+    indexing._refuse_other_shards(paths, list(paths), tmp_path, 1.0)
+    assert paths.iterations == 2  # one of them is this test's
+
+
 def test_an_index_stays_when_nothing_is_usable_any_more(folder):
     shards.index(str(folder))
     before = {name: (folder / name).read_bytes() for name in ("dataset.json", "index.parquet", "rejected.jsonl")}
