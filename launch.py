@@ -196,7 +196,9 @@ def pack(
 def index(
     url: Annotated[str, typer.Argument(help="Folder of tars, a tar, a glob or a brace pattern; s3:// and the like.")],
     out: Annotated[str | None, typer.Option(help="Place for the index; beside the tars by default.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Decode every image.")] = False,
+    verify: Annotated[
+        bool | None, typer.Option(help="Decode every image; by default as in the index that is there, else not.")
+    ] = None,
 ) -> None:
     """Index WebDataset tars where they lie. Run again after a stop, it goes on."""
     from distssl import progress

@@ -263,3 +263,9 @@ def test_real_photos_give_the_sizes_that_pil_sees(tmp_path):
         with Image.open(io.BytesIO(bytes_)) as image:
             turned = image.getexif().get(274, 1) >= 5
             assert image.size == ((height, width) if turned else (width, height))
+
+
+def test_an_index_that_was_verified_is_made_anew_as_it_was(folder, command):
+    for options, verified in ((["--verify"], True), ([], True), (["--no-verify"], False)):
+        assert command("index", folder, *options)[0] == 0
+        assert json.loads((folder / "dataset.json").read_text())["verify"] is verified
