@@ -90,7 +90,9 @@ class Train(Section):
         default=None, description="images of the global batch in the backbone at a time, to save memory; null: all"
     )
     clip_norm: float | None = Field(default=None, gt=0)
-    precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
+    precision: Literal["auto", "bf16", "float32", "float64"] = Field(
+        default="auto", description="auto: bf16 if all workers have it in hardware when the run begins, else float32"
+    )
     log_every: PositiveInt = Field(default=10, description="optimiser steps")
     on_collapse: Literal["warn", "stop"] = Field(
         default="warn",
