@@ -10,7 +10,8 @@ Mathilde Caron, Hugo Touvron, Ishan Misra, Herve Jegou, Julien Mairal, Piotr Boj
 Properties in Self-Supervised Vision Transformers. ICCV 2021. https://arxiv.org/abs/2104.14294
 
 What is evaluated is the teacher, as in the paper. A timm ViT takes the small crops with
-model.options={dynamic_img_size: true}.
+model.options={dynamic_img_size: true}. `teacher_entropy` of the log is that of P_t, over log K: near 1 the teacher
+tells nothing apart, and a lower `teacher_temperature` is wanted.
 
 Deviations. While the last layer is frozen its gradient is zero, where the published code drops it; the optimiser
 forgets those steps. Its rows are unit vectors, as by default there. The published weight decay grows from 0.04 to 0.4;
@@ -19,6 +20,7 @@ here it is the run's, constant. train.clip_norm is of the whole gradient, where 
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +53,7 @@ class Config(method.Options):
 
     hidden: PositiveInt = Field(default=2048, description="width of the head's hidden layers")
     bottleneck: PositiveInt = 256
-    outputs: PositiveInt = 65536
+    outputs: int = Field(default=65536, ge=2)
     student_temperature: float = Field(default=0.1, gt=0)
     teacher_temperature: float = Field(default=0.07, gt=0)
     warmup_teacher_temperature: float = Field(default=0.04, gt=0, description="at the start")
@@ -88,10 +90,13 @@ class Head(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last = nn.Linear(bottleneck, outputs, bias=False)
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """frozen: the last layer gets a gradient of zero."""
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(self.mlp(x))
+
+    def scores(self, z: Tensor, frozen: bool = False) -> Tensor:
+        """The prototypes' of the bottleneck z. frozen: the last layer gets a gradient of zero."""
         weight = self.last.weight.detach() + 0 * self.last.weight if frozen else self.last.weight
-        return cosines(self.mlp(x), F.normalize(weight, dim=1))
+        return cosines(z, F.normalize(weight, dim=1))
 
 
 class DINO(method.Method):
@@ -113,18 +118,24 @@ class DINO(method.Method):
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         frozen = self.epoch < self.cfg.freeze_last_layer_epochs
         features = multi_crop.outputs(self.backbone, views, self.cfg.num_local)  # [N, features] each
-        student = self.head(torch.cat(features), frozen).chunk(len(features))  # [N, K] each
+        z = self.head.mlp(torch.cat(features))  # [crops N, bottleneck]
+        student = self.head.scores(z, frozen).chunk(len(features))  # [N, K] each
         outputs = self.teacher(torch.cat([views["a"], views["b"]])).to(self.centre.dtype)  # [2N, K]
         self._means.append(collectives.sum_(outputs.mean(0)) / collectives.world_size())
-        terms = []
+        terms, entropies = [], []
         for crop, of_teacher in enumerate(outputs.chunk(2)):
             p = ((of_teacher - self.centre) / self.temperature()).softmax(1)  # [N, K]
+            entropies.append(torch.special.entr(p).sum(1).mean() / math.log(p.shape[1]))
             terms += [
                 losses.soft_cross_entropy(of_student, p, self.cfg.student_temperature)
                 for other, of_student in enumerate(student)
                 if other != crop
             ]
-        return {"loss": torch.stack(terms).mean(), "embeddings": torch.stack(features[:2]).detach()}
+        return {
+            "loss": torch.stack(terms).mean(),
+            "embeddings": torch.stack(z.chunk(len(features))[:2]).detach(),
+            "teacher_entropy": torch.stack(entropies).mean(),
+        }
 
     def temperature(self) -> float:
         """The teacher's: a linear warm-up over epochs."""
