@@ -49,7 +49,7 @@ REDUCED = ((1 << 10, 15), (250_000, 9), (1_000_000, 5), (4_000_000, 3), (16_000_
 
 
 class Stamps(Context):
-    """Notes when the run logs, and stops it after WINDOWS windows and the first."""
+    """Notes when the run logs, on rank 0, and stops it after WINDOWS windows and the first."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
@@ -59,7 +59,7 @@ class Stamps(Context):
         self.at.append(time.perf_counter())
 
     def stop_requested(self) -> bool:
-        return len(self.at) >= WINDOWS  # asked in the middle of the line being logged
+        return len(self.at) > WINDOWS
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _train(run: Run, data: Data) -> float:
 def _step_s(run: Run, data: Data, folder: str) -> float:
     with Stamps(Path(folder)) as stamps:
         train.Training(run, stamps, Dataset.open(data.images, run.machine)).run()
-    return (stamps.at[WINDOWS] - stamps.at[0]) / (WINDOWS * LOG_EVERY)
+    return (stamps.at[WINDOWS] - stamps.at[0]) / (WINDOWS * LOG_EVERY) if stamps.rank == 0 else 0.0
 
 
 def measure_blocks(repeats: int, overrides: Sequence[str]) -> list[Pair]:
