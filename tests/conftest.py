@@ -31,8 +31,6 @@ from tests.buckets import bucket, object_store, unreliable  # noqa: F401 - fixtu
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = "tests/cluster/"
-LONG = (CLUSTERS, "tests/on_ray/")  # these begin first
-CLOUD = ("test_aws.py", "test_commands.py", "test_end.py", "test_faults.py")  # about half the time of all clusters
 
 # Before torch is there. Tests' tensors are so small that a second thread only waits for the first: on a machine that
 # does other work too, training tests took a hundred times as long with two.
@@ -156,21 +154,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.dist)
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 class ByFile(LoadFileScheduling):
-    """What `pytest -n` gives to one process: a file, or one half of the tests of clusters.
-
-    They are many hosts each, and wait for most of their time: two beside each other are what a small machine bears.
-    Those of the cloud are in one half, as their clusters have one name.
-    """
+    """What `pytest -n` gives to one process: a file, or all tests of clusters, which are many hosts each."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        if not file.startswith(CLUSTERS):
-            return file
-        return f"{CLUSTERS} {'cloud' if file.endswith(CLOUD) else 'others'}"
+        return CLUSTERS if file.startswith(CLUSTERS) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:

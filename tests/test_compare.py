@@ -196,7 +196,7 @@ def test_what_is_no_run_and_runs_without_figures_are_told(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"no summary\.json with figures; say python launch\.py evaluate"):
         compare.collect([empty])
     (empty / "config.yaml").write_text("data: {sauce: x}")
-    with pytest.raises(ConfigError, match=r"config\.yaml: not a config of this version"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: data\.source: missing"):
         compare.collect([empty])
 
 
