@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 import numpy as np
@@ -37,7 +36,7 @@ def run(
 ) -> dict[str, float]:
     """The method's `on_epoch_start` at optimiser step `step`, and what there is to log of it. Every rank calls it."""
     started = time.perf_counter()
-    how = dataclasses.replace(Extraction.of_run(cfg, context.device), dtype=dtype)
+    how = Extraction.of_run(cfg, context.device, dtype)
     features_ = _embedded(method, dataset, how, context, bad) if method.wants_features(method.epoch) else None
     before = _clusters(method)
     figures = method.on_epoch_start(method.epoch, features_)

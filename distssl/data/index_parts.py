@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,23 +148,22 @@ def _shard(part: Part, place: Place) -> dict[str, Any]:
     return {"path": path, "bytes": part.num_bytes, "sha256": part.sha256, "samples": part.num_samples, **remote}
 
 
-def log_left_out(title: str, parts: Sequence[Part], file: str) -> None:
-    """What the tars' scans have left out; `file` names all of it."""
-    rejected = [line for part in parts for line in part.rejected]
-    for line in rejected[:FIRST_NAMED]:
+def log_left_out(title: str, found: Mapping[str, Any], first_bad: Sequence[dict[str, Any]], file: str) -> None:
+    """What is left out of what was `described`; `file` names all of it. first_bad: annotations that are of no use."""
+    rejected = found["rejected"]
+    for line in rejected["first"]:
         what = (line["key"] or "all", line["offset"], line["shard"], line["reason"])
         log.warning("%s: left out %s at byte %d of %s: %s", title, *what)
-    if len(rejected) > FIRST_NAMED:
-        log.warning("%s: left out %d in all; %s names each", title, len(rejected), file)
-    bad_labels = sum(part.bad_labels for part in parts)
-    if bad_labels:
-        log.warning("%s: %d samples have a .cls that is no class number: they count as unlabelled", title, bad_labels)
-    for line in [line for part in parts for line in part.first_bad][:FIRST_NAMED]:
+    if rejected["count"] > FIRST_NAMED:
+        log.warning("%s: left out %d in all; %s names each", title, rejected["count"], file)
+    if num := found["bad_labels"]:
+        log.warning("%s: %d samples have a .cls that is no class number: they count as unlabelled", title, num)
+    for line in first_bad[:FIRST_NAMED]:
         what = (line["key"], line["shard"], line["kind"], line["reason"])
         log.warning("%s: kept %s of %s without its %s: %s", title, *what)
-    for kind, member in annotations.MEMBERS.items():
-        if num := sum(part.bad_annotations[kind] for part in parts):
-            log.warning("%s: %d samples are kept without their .%s", title, num, member)
+    for kind, num in found["bad_annotations"].items():
+        if num:
+            log.warning("%s: %d samples are kept without their .%s", title, num, annotations.MEMBERS[kind])
 
 
 def digest(text: str) -> str:

@@ -130,7 +130,8 @@ def index_locked(
     classes = _classes(used, title, retry_s)
     contents = [(part.content, part.rows_digest) for part in used]
     fingerprint = index_parts.digest(json.dumps([VERSION, contents, classes]))
-    index_parts.log_left_out(title, parts, REJECTED)
+    found = index_parts.described(parts, place)
+    index_parts.log_left_out(title, found, [line for part in parts for line in part.first_bad], REJECTED)
     with atomic.replacing(out / INDEX) as file:
         index_parts.merge(used, file, fingerprint)
     with atomic.replacing(out / REJECTED) as file:
@@ -141,7 +142,7 @@ def index_locked(
         "verify": verify,
         "max_pixels": max_pixels,
         "classes": classes,
-        **index_parts.described(parts, place),
+        **found,
     }
     with atomic.replacing(out / DATASET) as file:  # last: a folder with it is complete
         file.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

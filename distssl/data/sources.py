@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import lzma
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from distssl import atomic
@@ -18,7 +20,7 @@ from distssl.errors import ConfigError
 PATH_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "image_file")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 DIGITS = "scattered_digits"
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError)
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,8 @@ def _folder(root: Path, title: str) -> Source:
 
 def _zip(path: Path, title: str) -> Source:
     try:
-        archive = zipfile.ZipFile(path)
+        with _unzipping(title):
+            archive = zipfile.ZipFile(path)
     except DAMAGED_ZIP as error:
         raise ConfigError(f"{title}: is a damaged zip: {error}") from error
     left_out = files.LeftOut(title)
@@ -161,7 +164,7 @@ def _zip(path: Path, title: str) -> Source:
             raise ConfigError(f"{title}: is encrypted; unpack it and give the folder")
         try:
             if not files.may_be_sample(entry.filename):
-                with archive.open(entry) as file:
+                with _unzipping(title), archive.open(entry) as file:
                     images.sniff(file.read(16))
             entries.append(entry)
         except (images.ImageError, *DAMAGED_ZIP) as error:
@@ -175,7 +178,8 @@ def _zip(path: Path, title: str) -> Source:
 
     def bytes_of(entry: zipfile.ZipInfo) -> bytes:
         try:
-            return archive.read(entry)
+            with _unzipping(title):
+                return archive.read(entry)
         except DAMAGED_ZIP as error:
             raise images.ImageError(f"damaged in the zip: {error}") from error
 
@@ -188,6 +192,19 @@ def _zip(path: Path, title: str) -> Source:
         read=lambda i: (bytes_of(entries[i]), labels[i]),
         read_annotations=lambda i: {kind: bytes_of(entry) for kind, entry in beside[i].items()},
     )
+
+
+@contextmanager
+def _unzipping(title: str) -> Iterator[None]:
+    """Raises one of DAMAGED_ZIP for damage, also where bzip2 or a seek out of the file calls it an OSError, and
+    ConfigError where the file cannot be read: that may pass, and no image is to be left out for it."""
+    with locations.reading(title):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (None, errno.EINVAL):
+                raise
+            raise zipfile.BadZipFile(str(error)) from error
 
 
 def _csv(path: Path, title: str) -> Source:

@@ -96,15 +96,15 @@ class Extraction:
     network: str = ""  # what the backbone is beside its parameters: strides, for example
 
     @classmethod
-    def of_run(cls, run: Run, device: torch.device) -> Extraction:
-        """As the config says. Every rank calls it."""
+    def of_run(cls, run: Run, device: torch.device, dtype: torch.dtype | None = None) -> Extraction:
+        """As the config says. dtype: of the run that trains, by default what all ranks agree on; each of them calls."""
         chosen = method.find(run.method.name)
         return cls(
             size_px=run.eval.size_px or chosen.view_size_px(chosen.Config(**run.method.options)),
             crop=run.eval.crop,
             threads=run.machine.threads,
             max_pixels=run.data.max_pixels,
-            dtype=precision.agreed(run.train.precision, device),
+            dtype=dtype or precision.agreed(run.train.precision, device),
             max_bad_fraction=run.data.max_bad_fraction,
             network=run.model.untrained.model_dump_json(),
         )

@@ -254,6 +254,19 @@ def test_a_damaged_entry_of_a_zip_is_named_and_the_others_are_read(method, tmp_p
     assert source.read(1) == (picture(1), -1)
 
 
+def test_no_image_of_a_zip_is_left_out_for_an_error_that_may_pass(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.writestr("a.jpg", picture(0))
+    source = open_source(tmp_path / "s.zip", tmp_path)
+
+    def stale(self, entry):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", stale)
+    with pytest.raises(ConfigError, match=r"s\.zip: cannot be read: Stale file handle"):
+        source.read(0)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [({6: 200}, "damaged zip"), ({28: 0, 32: len("a.jpg")}, "holds no image")],
