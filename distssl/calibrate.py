@@ -3,7 +3,8 @@
 A rank does all that one of W does, norms and losses over the global batch among it, but its collectives return at once.
 Ranks that share a machine are measured side by side, each in a process of its own with the threads it would have: they
 take from each other cores, memory bandwidth and clock. What they would exchange is counted in two real ranks at small
-batches, and this machine's own alpha and beta are fitted to all-reduces between those.
+batches, and this machine's own alpha and beta are fitted to all-reduces between those while both of them load images,
+as ranks that train do: on idle cores a small one takes an eighth of the time.
 """
 
 from __future__ import annotations
@@ -23,24 +24,22 @@ from typing import Any
 
 import torch
 
-from distssl import atomic, collectives, config, estimate, method, train
+from distssl import atomic, collectives, config, exchange, method, train
 from distssl.config import Run
 from distssl.context import Context
 from distssl.data import order
 from distssl.data.locations import Place
 from distssl.data.shards import Dataset
 from distssl.errors import ConfigError
-from distssl.estimate import Collective, Links, Measured, Timing
+from distssl.estimate import Collective, Links, Timing
 
-VERSION = 2
+VERSION = 3
 CPU = "cpu"
 PART_S = 3.0  # of measuring each of a timing's three figures; at least MIN_BATCHES
 MIN_BATCHES = 3
 WARM_BATCHES = 2
 MANY_EPOCHS = 10**6  # the run measured must not end meanwhile
 COUNTED_IMAGES = 8  # a rank, where collectives are counted
-REDUCED_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)  # from where alpha decides to where beta does
-NUM_REDUCED = 15
 
 
 @dataclass(frozen=True)
@@ -263,37 +262,11 @@ def _gradient_bytes(training: train.Training) -> int:
 
 def _talk(run: Run, data: Data) -> tuple[tuple[Collective, ...], Links]:
     """One of two ranks: what a step waits for besides the gradient, and how fast the machine's processes talk."""
-    measured = [Measured(num_bytes, 2, _reduce_s(num_bytes)) for num_bytes in REDUCED_BYTES]
     parts = run.data.global_batch // run.train.micro_batch if run.train.micro_batch else 1
     images = parts * math.ceil(max(1, min(COUNTED_IMAGES, run.data.global_batch // 2)) / parts)
     with _training(run, images, data, collectives.world_size(), torch.device("cpu")) as training:
         training.model = training.method  # without DistributedDataParallel, whose all-reduces are known
         batches = training.batches()
         training.take_step(batches)
-        counted = _collectives(lambda: training.take_step(batches))
-    return counted, estimate.fit_links(measured)
-
-
-def _reduce_s(num_bytes: int) -> float:
-    """Median seconds of an all-reduce."""
-    x = torch.ones(num_bytes // 4)
-    seconds = []
-    for _ in range(NUM_REDUCED):
-        collectives.barrier()
-        started = time.perf_counter()
-        collectives.sum_(x)
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[NUM_REDUCED // 2]
-
-
-def _collectives(act: Callable[[], object]) -> tuple[Collective, ...]:
-    """What `act` sends, as gloo tells torch's profiler. Of four bytes a number: where it is eight, alpha decides."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says on stderr when it begins, and that there is no GPU
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        act()
-    kinds = {"gloo:all_reduce": "all_reduce", "gloo:all_gather": "all_gather"}
-    return tuple(
-        Collective(kinds[event.name], 4 * int(torch.Size(event.input_shapes[0]).numel()))  # pyright: ignore
-        for event in profile.events() or ()
-        if event.name in kinds
-    )
+        counted = exchange.count(lambda: training.take_step(batches))
+        return counted, exchange.measure_links(batches)

@@ -166,7 +166,7 @@ class Machine(Section):
     @field_validator("cache", mode="after")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()  # Ray's workers run in another folder
+        return stores.local(str(path)).absolute()  # Ray's workers run in another folder
 
     @field_validator("storage", mode="after")
     @classmethod

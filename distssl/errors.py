@@ -23,3 +23,8 @@ class RunError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says at its end: Ray puts a traceback before it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

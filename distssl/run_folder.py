@@ -82,7 +82,7 @@ def find(place: str | Path, overrides: Sequence[str] = ()) -> Found:
     place = str(place)
     if stores.is_url(place):
         return _find_there(place, overrides)
-    folder = Path(place).expanduser().resolve()
+    folder = stores.local(place).resolve()
     _require(place, (folder / CONFIG).exists())
     # Where it lies now: it may have been moved, or taken from a URL by hand.
     own = f"machine.storage={json.dumps(str(folder.parent))}"
@@ -199,7 +199,7 @@ def weights_at(place: str) -> Weights:
     Raises ConfigError where there is none. No rank waits for another.
     """
     if not stores.is_url(place):
-        path = Path(place).expanduser()
+        path = stores.local(place)
         if not path.exists():
             raise ConfigError(f"{place}: not there; a run folder or a file of `export --format safetensors` is right")
         if path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 import threading
 import time
@@ -56,6 +57,11 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
+def local(place: str) -> Path:
+    """A path of this machine, ~ for the user's home; where ~NAME is nobody's, that is the path's name."""
+    return Path(os.path.expanduser(place))  # noqa: PTH111 - Path's own raises there
+
+
 def scheme(url: str) -> str:
     return url.partition("://")[0]
 
@@ -71,7 +77,7 @@ def checked(url: str) -> str:
 
 def absolute(place: str) -> str:
     """A path or URL for processes that run in another folder. Raises ValueError as `checked` does."""
-    return checked(place) if is_url(place) else str(Path(place).expanduser().absolute())
+    return checked(place) if is_url(place) else str(local(place).absolute())
 
 
 def connect(url: str, **options: Any) -> Any:

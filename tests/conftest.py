@@ -1,15 +1,17 @@
-"""Fixtures of the whole suite: `ranks(W)` is a pool of W gloo ranks that lives as long as the pytest session.
+"""Fixtures of the whole suite: `ranks(W)` is a pool of W gloo ranks that lives as long as the test module.
 
     def test_something(ranks):
         results = ranks(2).run(function_of_this_module, *picklable_args)   # one result per rank, in rank order
 
 `function_of_this_module` runs in every rank, inside one process group, with one torch thread. An exception in a rank is
 raised here with its traceback; a rank that does not answer in time fails the test, and its stack goes to stderr. After
-either the pool is thrown away and the next test gets a new one.
+either the pool is thrown away and the next test gets a new one. Ranks are forked from one process that has imported
+what most of them need, so a pool costs little, and none is kept beside the tests that follow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -41,17 +43,47 @@ class RankError(AssertionError):
     """A function that ran in the ranks raised in one of them, or did not return in time."""
 
 
-class Ranks:
-    """W processes in one gloo group. They start at the first `run`, which then takes the seconds of torch's import."""
+class Nursery:
+    """The process that pools of ranks are forked from. It starts with the first, which takes the seconds of imports."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.orders: socket.socket
+
+    def fork(self, fds: list[int]) -> int:
+        """A pool of as many ranks, each at the other end of a pipe: the id of its process group."""
+        if self.process is None:
+            self.orders, theirs = socket.socketpair()
+            environ = os.environ | {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            }
+            command = [sys.executable, str(ROOT / "tests/ranks.py"), str(theirs.fileno())]
+            self.process = subprocess.Popen(command, env=environ, pass_fds=[theirs.fileno()], start_new_session=True)
+            theirs.close()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        socket.send_fds(self.orders, [str(port).encode()], fds)
+        return int(self.orders.recv(16))
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.orders.close()
+            self.process.wait(timeout=30)
+
+
+class Ranks:
+    """W processes in one gloo group, from the first `run` on."""
+
+    def __init__(self, world_size: int, nursery: Nursery) -> None:
+        self.world_size, self.nursery = world_size, nursery
+        self.group: int | None = None  # of the processes
         self.connections: list[connection.Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
         """`function(*args)` in every rank: the results in rank order. It must stand at the top of a test module."""
-        if self.process is None:
+        if self.group is None:
             self._start()
         module = sys.modules[function.__module__]
         assert getattr(module, function.__qualname__, None) is function, f"{function.__qualname__} is not module-level"
@@ -61,29 +93,17 @@ class Ranks:
         return self._collect(function.__qualname__, timeout_s)
 
     def close(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a session of its own: only the ranks are in it
-            self.process.wait(timeout=30)
+        if self.group is not None:
+            with contextlib.suppress(ProcessLookupError):  # all have died
+                os.killpg(self.group, signal.SIGKILL)  # only the ranks are in it
         for rank in self.connections:
             rank.close()
-        self.process, self.connections = None, []
+        self.group, self.connections = None, []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environ = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(self.world_size),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }
         pipes = [multiprocessing.Pipe() for _ in range(self.world_size)]
         self.connections = [ours for ours, _ in pipes]
-        fds = [theirs.fileno() for _, theirs in pipes]
-        command = [sys.executable, str(ROOT / "tests/ranks.py"), *map(str, fds)]
-        self.process = subprocess.Popen(command, env=environ, pass_fds=fds, start_new_session=True)
+        self.group = self.nursery.fork([theirs.fileno() for _, theirs in pipes])
         for _, theirs in pipes:
             theirs.close()  # so that the death of a rank is an end of file
         self._collect("joining the process group", timeout_s=120)
@@ -121,9 +141,16 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def ranks(nursery: Nursery) -> Iterator[Callable[[int], Ranks]]:
     pools: dict[int, Ranks] = {}
-    yield lambda world_size: pools.setdefault(world_size, Ranks(world_size))
+    yield lambda world_size: pools.setdefault(world_size, Ranks(world_size, nursery))
     for pool in pools.values():
         pool.close()
 

@@ -1,8 +1,9 @@
-"""The ranks of the tests' gloo pool, started by conftest.py: each joins the group, then runs the functions it is sent.
+"""The ranks of the tests' gloo pools, forked from the process that conftest.py starts with this.
 
-usage: ranks.py FD..., a rank's end of a pipe each, with torchrun's environment variables but RANK. torch is imported
-once and the ranks are forked from that. Functions come as module name, file and function name, because a test module
-is imported by path (--import-mode=importlib) and has no name that another process could import.
+usage: ranks.py FD, a socket: each message on it is the port of a new pool's store, with the ends of the pipes to its
+ranks; the answer is the pool's process group. Each rank joins the gloo group, then runs the functions it is sent. They
+come as module name, file and function name, because a test module is imported by path (--import-mode=importlib) and has
+no name that another process could import.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import faulthandler
 import importlib.util
 import os
 import pickle
+import signal
+import socket
 import sys
 import traceback
 import warnings
 from multiprocessing import connection
 from types import ModuleType
 
+import timm  # noqa: F401 - as the next two, so that no rank has to
 import torch
+import torchvision  # noqa: F401
 
-from distssl import collectives
+from distssl import collectives, verify  # noqa: F401
+
+MOST_RANKS = 64
 
 
 def load(name: str, path: str) -> ModuleType:
@@ -59,17 +66,31 @@ def run(rank: int, fd: int) -> None:
         os._exit(0)
 
 
-def main() -> None:
-    fds = [int(fd) for fd in sys.argv[1:]]
+def pool(port: int, fds: list[int]) -> None:
+    os.setsid()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(fds))}
     for rank, fd in enumerate(fds):
         if os.fork() == 0:
             for other in set(fds) - {fd}:
                 os.close(other)
             return run(rank, fd)
-    for fd in fds:
-        os.close(fd)
-    for _ in fds:
-        os.wait()
+
+
+def main() -> None:
+    orders = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a pool
+    while True:
+        port, fds, *_ = socket.recv_fds(orders, 16, MOST_RANKS)
+        if not port:  # pytest is gone
+            return
+        child = os.fork()
+        if child == 0:
+            orders.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return pool(int(port), fds)
+        for fd in fds:
+            os.close(fd)
+        orders.send(str(child).encode())
 
 
 if __name__ == "__main__":

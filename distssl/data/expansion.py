@@ -36,7 +36,7 @@ def is_pattern(url: str) -> bool:
 
 
 def _local(url: str, key: str) -> list[Path]:
-    here = Path(url).expanduser()
+    here = stores.local(url)
     if here.is_dir():
         found = [path for path in here.iterdir() if path.name.endswith(SUFFIXES) and path.name[0] != "."]
     elif here.exists():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from distssl.data import annotations, images
+from distssl.data import annotations, images, locations
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,10 @@ def stamp(stat: os.stat_result) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise images.ImageError(f"cannot be read: {error.strerror}") from error
+    """Raises ImageError for a file that is gone or not ours to read, and ConfigError for another reason: that may pass,
+    and no image is to be left out for it."""
+    with locations.reading(str(path)):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise images.ImageError(f"cannot be read: {error.strerror}") from error

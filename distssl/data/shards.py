@@ -7,7 +7,7 @@ import logging
 import re
 from pathlib import Path
 
-from distssl import atomic
+from distssl import atomic, stores
 from distssl.data import expansion, indexing, locations, packing, sources, transfer
 from distssl.data.dataset import Dataset, Rows
 from distssl.data.locations import Place
@@ -39,7 +39,7 @@ def prepare(
         raise ConfigError(f"{key}: is empty; give a folder, zip, CSV, tars or the name of a data set")
     if locations.is_url(source):
         return _prepare_remote(source, cache_dir, progress, key, retry_s)
-    path = Path(source).expanduser()
+    path = stores.local(source)
     with locations.reading(f"{key}={source}"):
         if (path / indexing.DATASET).exists():
             return path.resolve()

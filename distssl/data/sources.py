@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from distssl import atomic
+from distssl import atomic, stores
 from distssl.data import catalogue, digits, files, images, locations
 from distssl.errors import ConfigError
 
@@ -62,7 +62,7 @@ def open_source(source: str, downloads: Path, *, key: str = "source") -> Source:
 
 def recognise(source: str, *, key: str = "source") -> tuple[str, Path]:
     """(kind, path): folder, zip, csv, digits or torchvision. Raises ConfigError for anything else."""
-    path = Path(source).expanduser()
+    path = stores.local(source)
     name, _, split = source.partition(":")
     with locations.reading(f"{key}={source}"):
         if path.is_dir():

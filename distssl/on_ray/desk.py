@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from distssl import collectives
-from distssl.errors import ConfigError, RunError
+from distssl.errors import ConfigError, RunError, last_line
 from distssl.on_ray import place
 
 NAMESPACE = "distssl"
@@ -84,6 +85,14 @@ def find(run_name: str) -> Any | None:
         return None
 
 
+def outcomes(the_desk: Any) -> list[dict[str, Any]]:
+    """What the workers told so far. Raises RunError where the desk is gone, as with a host without memory."""
+    try:
+        return ray.get(the_desk.outcomes.remote())
+    except RayActorError as error:
+        raise RunError(f"Ray lost the actor that this run's workers report to: {last_line(error)}") from None
+
+
 def tell(the_desk: Any, rank: int, outcome: Any) -> None:
     """Leave for the driver what came of a worker's work, or the ConfigError or RunError that says why nothing can."""
     if isinstance(outcome, ConfigError | RunError):
@@ -110,7 +119,7 @@ def _all_told(the_desk: Any) -> bool:
     """Whether every worker has told of an outcome, or does within GRACE_S."""
     deadline = time.monotonic() + GRACE_S
     num = collectives.world_size()
-    while (some := len(ray.get(the_desk.outcomes.remote())) < num) and time.monotonic() < deadline:
+    while (some := len(outcomes(the_desk)) < num) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not some
 
@@ -124,13 +133,13 @@ def _outcome_of(told: Any) -> dict[str, Any]:
     return {"finished": told}
 
 
-def result(outcomes: list[dict[str, Any]]) -> Any:
+def result(told: list[dict[str, Any]]) -> Any:
     """What came of the first worker's work. Raises the ConfigError or RunError that a worker told of."""
-    for outcome in outcomes:
+    for outcome in told:
         if "wrong_input" in outcome:
             raise ConfigError(*outcome["wrong_input"])
         if "failed" in outcome:
             raise RunError(outcome["failed"])
-    if not outcomes:
+    if not told:
         raise RunError("the workers ended without a word; the lines above say why")
-    return outcomes[0]["finished"]
+    return told[0]["finished"]

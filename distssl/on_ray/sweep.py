@@ -23,9 +23,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from distssl import job, run_folder, sweep
 from distssl.context import Context
-from distssl.errors import ConfigError, RunError
+from distssl.errors import ConfigError, RunError, last_line
 from distssl.on_ray import desk, network, place, waiting
-from distssl.on_ray.workers import last_line
 from distssl.run_folder import Found
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
@@ -209,10 +208,10 @@ def _trial(
     try:
         trainer.fit()
     except TrainingFailedError:
-        if not ray.get(the_desk.outcomes.remote()):
+        if not desk.outcomes(the_desk):
             raise  # its workers kept dying: Tune tries the trial again
     try:
-        desk.result(ray.get(the_desk.outcomes.remote()))
+        desk.result(desk.outcomes(the_desk))
     except (ConfigError, RunError) as error:
         tune.report({swept.metric: math.nan, "error": str(error)})
 
@@ -222,7 +221,7 @@ def _work(given: dict[str, Any]) -> None:
     if given["folder"]:
         os.chdir(given["folder"])
     the_desk = given["desk"]
-    if ray.get(the_desk.outcomes.remote()):
+    if desk.outcomes(the_desk):
         return
     swept: Sweep = given["sweep"]
     chosen: Trial = given["trial"]

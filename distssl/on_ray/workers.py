@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray import train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distssl import collectives
-from distssl.errors import RunError
+from distssl.errors import RunError, last_line
 from distssl.on_ray import desk, network, waiting
 
 Work = Callable[[Any], Any]  # what each worker does, given the driver's desk; picklable
@@ -51,9 +50,9 @@ def run(
         try:
             with waiting.told():
                 trainer.fit()
-            outcomes = ray.get(at.outcomes.remote())
+            outcomes = desk.outcomes(at)
         except TrainingFailedError as error:
-            outcomes = ray.get(at.outcomes.remote())
+            outcomes = desk.outcomes(at)
             if not outcomes:
                 raise RunError(
                     f"workers failed more than {MOST_FAILURES} times, at last: {last_line(error)}"
@@ -73,14 +72,9 @@ def _work(given: dict[str, Any]) -> None:
     logging.getLogger().setLevel(logging.WARNING)  # Ray tells of every report under the name of a file of its own
     logging.getLogger("distssl").setLevel(logging.INFO)
     the_desk = given["desk"]
-    if any("finished" not in outcome for outcome in ray.get(the_desk.outcomes.remote())):
+    if any("finished" not in outcome for outcome in desk.outcomes(the_desk)):
         return
     with desk.mistakes_told(the_desk):
         found = given["work"](the_desk)
         if collectives.rank() == 0:
             desk.tell(the_desk, 0, found)
-
-
-def last_line(error: BaseException) -> str:
-    """What an error says at its end: Ray puts a traceback before it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

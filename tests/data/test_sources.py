@@ -254,6 +254,27 @@ def test_a_damaged_entry_of_a_zip_is_named_and_the_others_are_read(method, tmp_p
     assert source.read(1) == (picture(1), -1)
 
 
+def test_no_image_of_a_folder_is_left_out_for_an_error_that_may_pass(tmp_path, monkeypatch):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    source = open_source(tmp_path, tmp_path)
+    (tmp_path / "0.jpg").unlink()
+    with pytest.raises(images.ImageError, match="cannot be read: No such file"):
+        source.read(0)
+
+    def stale(self):
+        raise OSError(errno.ESTALE, "Stale file handle", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(ConfigError, match=r"1\.jpg: cannot be read: Stale file handle"):
+        source.read(1)
+
+
+def test_a_home_of_nobody_is_a_name_like_another(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.source=~nosuchuser/x: does not exist"):
+        open_source("~nosuchuser/x", tmp_path)
+
+
 def test_no_image_of_a_zip_is_left_out_for_an_error_that_may_pass(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         archive.writestr("a.jpg", picture(0))

@@ -1,4 +1,4 @@
-"""Gauges on a real Ray, read where Prometheus reads them."""
+"""The actors beside a driver on a real Ray: gauges, read where Prometheus reads them, and the desk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from distssl.errors import RunError
+from distssl.on_ray import desk
 from distssl.on_ray.gauges import GAUGES, Gauges
 
 METRICS = {shown.metric: number + 0.5 for number, shown in enumerate(GAUGES.values())}
@@ -38,10 +40,11 @@ class Scrape:
             time.sleep(0.1)
 
 
-@pytest.fixture
-def scrape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scrape]:
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's are too long for Ray's sockets
+@pytest.fixture(scope="module")
+def scrape() -> Iterator[Scrape]:
+    short = tempfile.TemporaryDirectory(prefix="ray-")  # pytest's are too long for Ray's sockets
+    with pytest.MonkeyPatch.context() as patch, short as folder:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
         ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", _temp_dir=folder)
         try:
             yield Scrape()
@@ -72,3 +75,14 @@ def test_gauges_stay_while_the_run_goes_on_and_are_gone_when_it_ends(scrape: Scr
     killed = run_of(scrape)
     ray.kill(killed)
     scrape.wait_for(0)
+
+
+@pytest.mark.usefixtures("scrape")
+def test_a_desk_that_is_gone_is_told_in_one_line() -> None:
+    opened = desk.open_unnamed()
+    desk.tell(opened, 0, "all of it")
+    assert desk.result(desk.outcomes(opened)) == "all of it"
+    ray.kill(opened)
+    with pytest.raises(RunError, match=r"^Ray lost the actor that this run's workers report to: .*ray\.kill") as caught:
+        desk.outcomes(opened)
+    assert "\n" not in str(caught.value)
