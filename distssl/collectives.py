@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -30,6 +31,16 @@ T = TypeVar("T")
 A_WEEK_S = 7 * 24 * 3600.0
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_RANK = (
+    "RANK",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+)  # elastic's
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|MemoryAllocation|bad_alloc")  # torch, CUDA, DALI
 GPU_BACKEND = "cpu:gloo,cuda:nccl"  # nccl alone refuses CPU tensors, and figures and ids are such on a GPU too
 
@@ -59,6 +70,7 @@ def launch(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
     """Call `function(*args)` in `world_size` new processes of this machine, one gloo group with a thread each.
 
     Returns the results in rank order. All of it must be picklable. Raises torch's ChildFailedError where a rank fails.
+    They are forked from a process that has imported the first function's module, and have this one's environment.
     """
     from torch.distributed.launcher import api
 
@@ -70,9 +82,11 @@ def launch(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        start_method="spawn",
+        start_method="forkserver",
     )
-    results = api.elastic_launch(config, _in_group)(function, args)
+    first = args[0] if function is _answer else function
+    multiprocessing.set_forkserver_preload([__name__, first.__module__])
+    results = api.elastic_launch(config, _in_group)(dict(os.environ), function, args)
     return [results[rank] for rank in range(world_size)]
 
 
@@ -108,7 +122,10 @@ def _answer(function: Callable[..., T], args: tuple[Any, ...]) -> T | ConfigErro
         raise
 
 
-def _in_group(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+def _in_group(environ: dict[str, str], function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    of_rank = {name: value for name, value in os.environ.items() if name.startswith(_OF_A_RANK)}
+    os.environ.clear()  # which was that of the first launch
+    os.environ |= {**environ, **of_rank}
     torch.set_num_threads(1)
     init("gloo")
     try:

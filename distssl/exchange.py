@@ -17,8 +17,9 @@ from distssl import background, collectives, estimate
 from distssl.estimate import Collective, Links, Measured
 
 KINDS = {"gloo:all_reduce": "all_reduce", "gloo:all_gather": "all_gather"}
-REDUCED_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)  # from where alpha decides to where beta does
-NUM_REDUCED = 100  # of each: a few of them take most of the time, where others want the same cores
+# Bytes, from where alpha decides to where beta does, and how many: of the small ones a few take most of the time, where
+# others want the same cores.
+REDUCED = ((1 << 10, 100), (1 << 16, 100), (1 << 20, 20), (1 << 23, 10))
 
 
 def count(act: Callable[[], object]) -> tuple[Collective, ...]:
@@ -37,7 +38,7 @@ def measure_links(batches: Iterator[object]) -> Links:
     """alpha and beta between the ranks while each loads `batches`, as ranks that train do: on cores that have nothing
     else to do a small all-reduce takes an eighth of the time. Every rank calls it."""
     with background.beside(functools.partial(_load, batches), "loading"):
-        return estimate.fit_links([Measured(num_bytes, 2, _reduce_s(num_bytes)) for num_bytes in REDUCED_BYTES])
+        return estimate.fit_links([Measured(num_bytes, 2, _reduce_s(num_bytes, times)) for num_bytes, times in REDUCED])
 
 
 def _load(batches: Iterator[object], done: threading.Event) -> None:
@@ -45,12 +46,12 @@ def _load(batches: Iterator[object], done: threading.Event) -> None:
         next(batches)
 
 
-def _reduce_s(num_bytes: int) -> float:
+def _reduce_s(num_bytes: int, times: int) -> float:
     """Mean seconds of an all-reduce."""
     x, total_s = torch.ones(num_bytes // 4), 0.0
-    for _ in range(NUM_REDUCED):
+    for _ in range(times):
         collectives.barrier()
         started = time.perf_counter()
         collectives.sum_(x)
         total_s += time.perf_counter() - started
-    return total_s / NUM_REDUCED
+    return total_s / times

@@ -208,3 +208,16 @@ def test_what_a_rank_cannot_do_is_raised_where_it_was_asked_for(how: str, kind: 
         collectives.attempt(fails, 2, how)
     if how == "mistake":
         assert len(caught.value.messages) == 2  # type: ignore[attr-defined]
+
+
+def seen_by_a_rank() -> tuple[str | None, int]:
+    return os.environ.get("DISTSSL_OF_A_TEST"), collectives.rank()
+
+
+def test_ranks_have_the_environment_of_their_own_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("first", None, "third"):
+        if value is None:
+            monkeypatch.delenv("DISTSSL_OF_A_TEST")
+        else:
+            monkeypatch.setenv("DISTSSL_OF_A_TEST", value)
+        assert collectives.launch(seen_by_a_rank, 2) == [(value, 0), (value, 1)]
