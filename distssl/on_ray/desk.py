@@ -17,40 +17,10 @@ from ray.exceptions import RayActorError
 from distssl import collectives
 from distssl.errors import ConfigError, RunError, last_line
 from distssl.on_ray import place
+from distssl.on_ray.desk_actor import Desk
 
 NAMESPACE = "distssl"
 GRACE_S = 10  # between the first worker that tells of a mistake and the last, where all of them met it
-
-
-class Desk:
-    """Outcomes of workers, lines of metrics, and whether somebody asked the run to stop."""
-
-    def __init__(self) -> None:
-        self._outcomes: dict[int, dict[str, Any]] = {}
-        self._records: list[str] = []
-        self._stop = False
-
-    def tell(self, rank: int, outcome: dict[str, Any]) -> None:
-        self._outcomes[rank] = outcome
-
-    def outcomes(self) -> list[dict[str, Any]]:
-        """What the workers told, in the order of their ranks."""
-        return [self._outcomes[rank] for rank in sorted(self._outcomes)]
-
-    def note(self, record: str) -> None:
-        """A line of metrics, as JSON."""
-        self._records.append(record)
-
-    def take(self) -> list[str]:
-        """The lines noted since the last call."""
-        records, self._records = self._records, []
-        return records
-
-    def ask_to_stop(self) -> None:
-        self._stop = True
-
-    def stop_asked(self) -> bool:
-        return self._stop
 
 
 def name_of(run_name: str) -> str:
