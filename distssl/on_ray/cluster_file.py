@@ -138,10 +138,11 @@ def _check_security(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _mount(tree: dict[str, Any], folder: Path) -> None:
-    """Every host gets the token, the packages' versions and the spot watcher."""
-    user = "ray" if tree.get("docker", {}).get("image") else tree["auth"].get("ssh_user", "ubuntu")
-    home = "/root" if user == "root" else f"/home/{user}"
-    mounts = {f"{home}/.ray/auth_token": str(token.FILE.expanduser()), f"{home}/.distssl": str(folder / "hosts")}
+    """Every host gets the token, the packages' versions and the spot watcher, in the home of its user or container.
+
+    Ray's updater leaves the ~ to the host's shell, or puts the image's home in its place, as for files of its own.
+    """
+    mounts = {str(token.FILE): str(token.FILE.expanduser()), "~/.distssl": str(folder / "hosts")}
     tree["file_mounts"] = mounts | (tree.get("file_mounts") or {})
 
 
