@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distssl import calibrate, estimate, job, plan, prices
+from distssl import calibrate, capacity, estimate, job, plan, prices
 from distssl.calibrate import Calibration
 from distssl.config import Run
 from distssl.data import order
@@ -39,14 +39,11 @@ class Place:
 
     name: str
     num_nodes: int
-    per_node: int  # workers
+    world_size: int
+    beside: int  # workers on the fullest node
     gpu: str | None
     links: Links | None  # between machines; None on one machine alone
     usd_per_hour: float | None  # of all nodes, the head among them
-
-    @property
-    def world_size(self) -> int:
-        return self.num_nodes * self.per_node
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,8 @@ def _batches_of(run: Run, places: Sequence[Place]) -> set[tuple[int, int]]:
     """(N, R) as workers would be there, as far as this machine has room for so many side by side."""
     room = torch.cuda.device_count() or os.cpu_count() or 1
     found = set()
-    for beside in {place.per_node for place in places}:
-        world_sizes = sorted({place.world_size for place in places if place.per_node == beside})
+    for beside in {place.beside for place in places}:
+        world_sizes = sorted({place.world_size for place in places if place.beside == beside})
         found |= {(run.data.global_batch // num, min(beside, room)) for num in _some(world_sizes)}
     return found
 
@@ -139,62 +136,47 @@ def _here(run: Run, measured: Calibration) -> list[Place]:
     most = measured.too_large or math.inf
     there = {timing.beside for timing in measured.timings}
     fits = [num for num in _world_sizes(run) if num in there and run.data.global_batch // num < most]
-    return [Place(HERE, 1, num, gpu, None, None) for num in fits]
+    return [Place(HERE, 1, num, num, gpu, None, None) for num in fits]
 
 
 def _on_cluster(run: Run, cluster: Mapping[str, Any]) -> list[Place]:
-    """Each type of worker alone, in every number that the file admits and the lanes."""
-    types = _worker_types(cluster)
+    """On each number of hosts the most workers that the lanes admit; the last is what a run takes of itself."""
+    room = _capacity(cluster)
+    name = "host" if room.node_type == capacity.OWN_HOSTS else room.node_type
     head = cluster.get("head_node_type")
-    nodes, fits, places = prices.nodes(cluster), _world_sizes(run), []
-    for name, of_type in types.items():
-        node = nodes.get(name, prices.Node("", False, None))
-        per_node = node.instance.gpus if node.instance and node.instance.gpus else _workers(of_type)
-        gbit_per_s = node.instance.network_gbit_per_s if node.instance else UNKNOWN_GBIT_PER_S
-        links = Links.of_network(gbit_per_s, NETWORK_ALPHA_S)
-        gpu = node.instance.gpu if node.instance else (UNKNOWN_GPU if _resources(of_type).get("GPU") else None)
-        for num in range(1, of_type["max_workers"] + 1):
-            if num * per_node in fits:
-                bill = prices.bill(cluster, {name: num} | ({head: 1} if head else {}))
-                usd = None if bill.unknown else bill.usd_per_hour
-                places.append(Place(name, num, per_node, gpu, links if num > 1 else None, usd))
+    node = prices.nodes(cluster).get(room.node_type, prices.Node("", False, None))
+    gbit_per_s = node.instance.network_gbit_per_s if node.instance else UNKNOWN_GBIT_PER_S
+    links = Links.of_network(gbit_per_s, NETWORK_ALPHA_S)
+    gpu = ((node.instance and node.instance.gpu) or UNKNOWN_GPU) if room.on_gpus else None
+    fits, places = _world_sizes(run), []
+    for num in range(1, room.num_hosts + 1):
+        world_size = max(size for size in fits if size <= room.on(num))
+        if world_size <= room.on(num - 1):
+            continue  # the host before has room for them
+        bill = prices.bill(cluster, {room.node_type: num} | ({head: 1} if head else {}))
+        usd = None if bill.unknown else bill.usd_per_hour
+        beside = min(room.per_host, world_size)
+        places.append(Place(name, num, world_size, beside, gpu, links if num > 1 else None, usd))
     if not places:
-        sizes = ", ".join(map(str, fits))
-        raise ConfigError(f"--cluster: no number of its workers fits data.lanes={fits[-1]}; {sizes} workers are right")
+        raise ConfigError("--cluster: max_workers=0 leaves no host; 1 or more is right")
     return places
 
 
-def _worker_types(cluster: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The node types that work, by name; hosts of one's own are a type."""
+def _capacity(cluster: Mapping[str, Any]) -> capacity.Capacity:
+    """As a run would have it."""
     provider, types = cluster.get("provider"), cluster.get("available_node_types")
-    if isinstance(provider, Mapping) and provider.get("type") == "local":
-        ours = cluster.get("distssl") or {}
-        num = 1 + len(provider.get("worker_ips") or ())
-        return {"host": {"max_workers": num, "resources": ours.get("worker") or {}}}
-    if not isinstance(provider, Mapping) or not isinstance(types, Mapping):
+    is_whole = isinstance(provider, Mapping) and (
+        capacity.is_own_hosts(cluster) or (isinstance(types, Mapping) and bool(capacity.worker_types(cluster)))
+    )
+    if not is_whole:
         raise ConfigError("--cluster: no provider or available_node_types; a file as those in cluster/ is right")
-    of_all = cluster.get("max_workers")
-    most = {name: of_type.get("max_workers", 1 if of_all is None else of_all) for name, of_type in types.items()}
-    return {
-        name: {**of_type, "max_workers": most[name] if of_all is None else min(most[name], of_all)}
-        for name, of_type in types.items()
-        if name != cluster.get("head_node_type")
-    }
-
-
-def _resources(node_type: Mapping[str, Any]) -> Mapping[str, Any]:
-    return node_type.get("resources") or {}
-
-
-def _workers(node_type: Mapping[str, Any]) -> int:
-    """On a node: one a GPU, else one."""
-    return int(_resources(node_type).get("GPU") or 1)
+    return capacity.of(cluster, capacity.options(cluster, "--cluster"), capacity.listed(cluster))
 
 
 def _row(run: Run, planned: plan.Plan, measured: Calibration | None, place: Place) -> Row:
     if measured is None:
         return Row(place, None, None)
-    timing = estimate.alone(measured.timings, run.data.global_batch // place.world_size, place.per_node)
+    timing = estimate.alone(measured.timings, run.data.global_batch // place.world_size, place.beside)
     predicted = estimate.step(
         timing,
         place.world_size,
@@ -221,7 +203,7 @@ def _assumed(measured: Calibration | None, rows: Sequence[Row], cluster: Mapping
         return lines
     told = [row for row in rows if row.prediction]
     if any(row.place.gpu is None for row in told):
-        lines.append("a core there is as fast as one here, and a worker, one a machine, has as many as here")
+        lines.append("a core there is as fast as one here, and a machine has as many as this one")
     if told:
         lines.append(f"network: the machines' list rate, {NETWORK_ALPHA_S * 1e6:.0f} us a message; not measured")
         lines.append("data are read as fast as here: shards are on the machine's disk, or ahead in its cache")

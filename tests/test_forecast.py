@@ -132,7 +132,7 @@ def test_plan_measures_the_batches_of_the_places_asked_about(
     assert asked == [{(4, 1), (8, 1), (16, 1)}, {(8, 1), (16, 1)}]
     lanes = ["data.lanes=64", "data.global_batch=64"]
     run = config.load(launch.DEFAULT_CONFIG, [*settings, *lanes], method.options)
-    several = [Place("worker", num, 4, None, None, None) for num in range(1, 17) if 64 % (4 * num) == 0]
+    several = [Place("worker", num, 4 * num, 4, None, None, None) for num in range(1, 17) if 64 % (4 * num) == 0]
     assert {images for images, _ in forecast._batches_of(run, several)} == {16, 8, 4, 1}
 
 
@@ -188,11 +188,14 @@ def test_wrong_input_is_one_line_and_measures_nothing(
 ) -> None:
     odd = tmp_path / "odd.yaml"
     odd.write_text("provider: {type: aws}\n")
-    fits_none = cluster(tmp_path, "g5.48xlarge")  # eight workers each
+    no_host = cluster(tmp_path, "g5.48xlarge", max_workers=0)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("provider: {type: local, head_ip: 192.0.2.1}\ndistssl: {wokers: 2}\n")
     for arguments, said in {
         ("--cluster", tmp_path / "gone.yaml"): "--cluster .*gone.yaml: No such file or directory",
         ("--cluster", odd): "--cluster: no provider or available_node_types",
-        ("--cluster", fits_none): "data.lanes=4; 1, 2, 4 workers are right",
+        ("--cluster", no_host): "--cluster: max_workers=0 leaves no host",
+        ("--cluster", wrong): "--cluster: distssl.wokers: unknown key; did you mean workers?",
         ("--calibration", odd): "--calibration .*odd.yaml: not a calibration",
         ("--save", tmp_path / "gone" / "x.json"): "--save .*gone/x.json",
         ("--save", odd, "--calibration", given): "--save .*odd.yaml",

@@ -40,6 +40,7 @@ LEVELS = [
     ["run_folder"],
     ["job", "verify"],
     ["estimate", "prices"],
+    ["capacity"],
     ["exchange"],
     ["calibrate"],
     ["sweep", "model_card", "export"],

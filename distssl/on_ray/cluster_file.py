@@ -12,38 +12,24 @@ import logging
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonschema
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from pydantic import Field, PositiveInt, ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from distssl import atomic, settings
-from distssl.config import Section
+from distssl import atomic, capacity, settings
+from distssl.capacity import OURS, PLACEHOLDER
 from distssl.errors import ConfigError, first_line
 from distssl.on_ray import spot_watcher, token
 from distssl.on_ray.place import Workers, share_of_cpus
 
 log = logging.getLogger(__name__)
 
-OURS = "distssl"
-PLACEHOLDER = "FILL_IN"
 FOLDER = Path("~/.cache/distssl/clusters")
 PROVIDERS = ("aws", "gcp", "local")  # of Ray's, those that were tried or checked
-
-
-class Options(Section):
-    """The `distssl:` part of a cluster file."""
-
-    storage: str | None = Field(default=None, description="where run folders lie; every host must reach it")
-    workers: PositiveInt | None = Field(default=None, description="null: one a GPU, or one a host without GPUs")
-    worker: dict[Literal["CPU", "GPU"], int] | None = Field(
-        default=None, description="what one takes; null: its share of a host"
-    )
-    environment: dict[str, str] = Field(default={}, description="variables of jobs")
 
 
 class ClusterFile:
@@ -60,11 +46,8 @@ class ClusterFile:
         ]
         if left:
             raise ConfigError(*left)
-        try:
-            self.options = Options.model_validate(tree.pop(OURS, None) or {})
-        except ValidationError as error:
-            mistakes = (settings.explain(Options, item, prefix=OURS) for item in error.errors())
-            raise ConfigError(*(f"{path}: {mistake}" for mistake in mistakes)) from None
+        self.options = capacity.options(tree, str(path))
+        tree.pop(OURS, None)
         _check_schema(path, tree)
         _check_security(path, tree)
         self.name: str = tree["cluster_name"]
@@ -76,12 +59,6 @@ class ClusterFile:
     def folder(self) -> Path:
         """Of this cluster on this machine: the file that Ray is given, logs."""
         return FOLDER.expanduser() / self.name
-
-    @property
-    def worker_types(self) -> dict[str, dict[str, Any]]:
-        """The node types but the head's."""
-        types = self.config.get("available_node_types", {})
-        return {name: kind for name, kind in types.items() if name != self.config["head_node_type"]}
 
     def write(self) -> Path:
         """The file for Ray, the token and what the hosts are given, in `folder`."""
@@ -95,21 +72,15 @@ class ClusterFile:
         return path
 
     def workers(self, resources: Mapping[str, Mapping[str, float]], kept_cpus: int = 0) -> Workers:
-        """The workers of the whole cluster: one a GPU, or one a node where there are none.
+        """The workers of the whole cluster, and what one of them takes: what the file says, else its share of a host.
 
         resources: node type -> what a node of it has, as Ray counts it. kept_cpus: of each node, for other work;
         where the file says what a worker takes, it takes that.
         """
-        if self.provider == "local":
-            nodes, each = 1 + len(self.config["provider"].get("worker_ips") or ()), resources["local"]
-        else:
-            name, kind = max(self.worker_types.items(), key=lambda item: resources[item[0]].get("GPU", 0))
-            nodes = min(kind.get("max_workers", self.config["max_workers"]), self.config["max_workers"])
-            each = resources[name]
-        gpus = int(each.get("GPU", 0))
-        cpus = share_of_cpus(each.get("CPU", 1), max(gpus, 1), kept_cpus)
-        share = self.options.worker or {"CPU": cpus, "GPU": int(gpus > 0)}
-        return Workers(self.options.workers or nodes * max(gpus, 1), share.get("CPU", 1), share.get("GPU", 0))
+        found = capacity.of(self.config, self.options, resources)
+        cpus = share_of_cpus(resources.get(found.node_type, {}).get("CPU", 1), found.per_host, kept_cpus)
+        share = self.options.worker or {"CPU": cpus, "GPU": int(found.on_gpus)}
+        return Workers(found.most, share.get("CPU", 1), share.get("GPU", 0))
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -167,10 +138,11 @@ def _check_security(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _mount(tree: dict[str, Any], folder: Path) -> None:
-    """Every host gets the token, the packages' versions and the spot watcher."""
-    user = "ray" if tree.get("docker", {}).get("image") else tree["auth"].get("ssh_user", "ubuntu")
-    home = "/root" if user == "root" else f"/home/{user}"
-    mounts = {f"{home}/.ray/auth_token": str(token.FILE.expanduser()), f"{home}/.distssl": str(folder / "hosts")}
+    """Every host gets the token, the packages' versions and the spot watcher, in the home of its user or container.
+
+    Ray's updater leaves the ~ to the host's shell, or puts the image's home in its place, as for files of its own.
+    """
+    mounts = {str(token.FILE): str(token.FILE.expanduser()), "~/.distssl": str(folder / "hosts")}
     tree["file_mounts"] = mounts | (tree.get("file_mounts") or {})
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from distssl import capacity, forecast
 from distssl.errors import ConfigError
 from distssl.on_ray import cluster
 from distssl.on_ray.cluster_file import ClusterFile
+from tests import runs, shipped, test_capacity
 
 START = "RAY_AUTH_MODE=token ray start"
 
@@ -57,6 +59,27 @@ def test_workers_share_the_cpus_of_a_host_that_are_not_kept(
     assert opened(aws, tmp_path).workers({"worker": host}, kept).share == {"CPU": cpus, "GPU": 1}
     said = aws | {"distssl": {"worker": {"CPU": 9, "GPU": 1}}}
     assert opened(said, tmp_path).workers({"worker": host}, kept).share == {"CPU": 9, "GPU": 1}
+
+
+def test_workers_that_are_said_share_the_cpus_of_a_host(aws: dict[str, Any], tmp_path: Path) -> None:
+    """Two hosts of 16 CPUs: eight workers are four a host, with or without CPUs that are kept."""
+    room = opened(aws | {"distssl": {"workers": 8}}, tmp_path).workers({"worker": {"CPU": 16}})
+    assert (room.most, room.share) == (8, {"CPU": 4, "GPU": 0})
+    room = opened(aws | {"distssl": {"workers": 8}}, tmp_path).workers({"worker": {"CPU": 16}}, kept_cpus=4)
+    assert room.share == {"CPU": 3, "GPU": 0}
+
+
+@pytest.mark.parametrize(("name", "above", "lanes", "expected"), test_capacity.CASES)
+def test_a_run_has_the_workers_that_plan_ends_with(
+    tmp_path: Path, name: str, above: dict[str, Any], lanes: int, expected: list[tuple[int, int]]
+) -> None:
+    """What AWS says of an instance type is taken from the price table here."""
+    tree = shipped.tree(name, **above)
+    file = opened(tree, tmp_path)
+    room = file.workers(capacity.listed(tree) if name.startswith("aws") else cluster.check(file))
+    run = runs.tiny(tmp_path, tmp_path, f"data.global_batch={lanes}", f"data.lanes={lanes}")
+    taken = max(num for num in range(1, room.most + 1) if lanes % num == 0)  # as `here` takes them
+    assert taken == forecast._on_cluster(run, tree)[-1].world_size == expected[-1][1]
 
 
 @pytest.mark.parametrize(
