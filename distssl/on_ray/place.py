@@ -23,7 +23,6 @@ WORKERS = "DISTSSL_WORKERS"  # beside it: `Workers` of the cluster file, as JSON
 STORAGE = "DISTSSL_STORAGE"  # and where its run folders lie
 HEAD_CONFIG = Path("~/ray_bootstrap_config.yaml")  # where Ray leaves the cluster file on the head
 ENVIRONMENT = {
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's runs in the dashboard's interface
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line comes twice
     "PYTHONWARNINGS": "ignore:`ExecutionOptions.exclude_resources",  # Ray's own use of what it deprecates
 }

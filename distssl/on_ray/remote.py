@@ -29,6 +29,7 @@ LET_GO = 130  # the exit code of a command whose job goes on
 STOP_S = 300  # for the checkpoint of a run that is asked to stop
 OF_JOBS = {
     "RAY_SCHEDULER_EVENTS": "0",  # or Ray says every 5 s that it adds a host where there is none to be had
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's runs in the dashboard's interface, for an actor of its own
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",  # hosts have to be found, started and set up first
     "AWS_METADATA_SERVICE_TIMEOUT": "5",  # by default one try of a second decides that a host has no role
     "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "5",
