@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
+import boto3
 import pytest
 
 KEYS = {
@@ -60,6 +62,11 @@ class Server:
         request = urllib.request.Request(f"{self.endpoint}/{name}", method="PUT")
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30):
             return f"s3://{name}"
+
+    def client(self) -> Any:
+        """boto3's, of S3."""
+        keys = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"]}
+        return boto3.client("s3", region_name=KEYS["AWS_DEFAULT_REGION"], endpoint_url=self.endpoint, **keys)
 
     def close(self) -> None:
         self.process.kill()

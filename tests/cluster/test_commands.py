@@ -6,9 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
 import yaml
 
@@ -125,16 +123,11 @@ def sweep_file(shared: Path, run: str) -> Path:
     return path
 
 
-def client(store: buckets.Server) -> Any:
-    keys = {name.lower(): value for name, value in buckets.KEYS.items() if name.startswith("AWS_") and "KEY" in name}
-    return boto3.client("s3", region_name="us-east-1", endpoint_url=store.endpoint, **keys)
-
-
 def put(store: buckets.Server, folder: Path, prefix: str) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            client(store).upload_file(str(path), "distssl-test", f"{prefix}/{path.relative_to(folder).as_posix()}")
+            store.client().upload_file(str(path), "distssl-test", f"{prefix}/{path.relative_to(folder).as_posix()}")
 
 
 def read(store: buckets.Server, name: str) -> str:
-    return client(store).get_object(Bucket="distssl-test", Key=name)["Body"].read().decode()
+    return store.client().get_object(Bucket="distssl-test", Key=name)["Body"].read().decode()

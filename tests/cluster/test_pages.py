@@ -1,4 +1,5 @@
-"""What Chromium shows of a run on two hosts at the addresses that launch.py prints, through its tunnel."""
+"""Hosts of one's own by the list of onprem.yaml: runs on two of them, what Chromium shows of one at the addresses that
+launch.py prints, through its tunnel, and the same cluster by the address of its dashboard."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from distssl import monitor
+from distssl.downstream import rows
 from tests import browser, buckets, runs
 from tests.browser import Browser
 from tests.cluster.two_hosts import HEAD, SETTINGS, WORKER, TwoHosts
@@ -54,12 +57,26 @@ def test_the_pages_of_a_run_on_two_hosts_show_it_also_after_the_connection_was_c
         page.open(f"{dashboard}/#/jobs")
         check_jobs(page)
 
-    code, said = user.run("stop", "seen", "--cluster", file)
+    code, said = user.run("status", "--address", dashboard)
     assert code == 0, said
-    other = user.start(*start, "name=other")
+    assert "seen-1" in said
+    assert "running" in said
+    code, said = user.run("stop", "seen", "--address", dashboard)
+    assert code == 0, said
+    assert "goes on from the last checkpoint" in said
+    assert run.end(60) == 130, run.said
+    kept = store.client().list_objects_v2(Bucket=BUCKET, Prefix="runs/seen/checkpoints/step_")
+    assert kept["KeyCount"]
+
+    other = user.start("--cluster", file, f"data.source={packed}", *SETTINGS, "name=other", "train.epochs=2")
     other.until(lambda said: "TensorBoard:" in said, "the addresses", 120)
     board = printed(other.said, "TensorBoard")
     wait(lambda: location(board) == str(shared / "runs"), "a TensorBoard of the other storage", 60)
+    assert other.end(240) == 0, other.said
+    assert "2 Ray workers" in other.said
+    steps = monitor.read_jsonl(shared / "runs/other" / monitor.METRICS)
+    assert steps[-1]["step"] == 2 * (112 // 16)
+    assert {row.backbone for row in rows.read_summary(shared / "runs/other")} == {"random", "pretrained"}
     code, said = user.run("down", "--cluster", file)
     assert code == 0, said
 
