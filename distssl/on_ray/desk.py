@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -23,9 +23,10 @@ GRACE_S = 10  # between the first worker that tells of a mistake and the last, w
 
 
 class Desk:
-    """Outcomes of workers, lines of metrics, and whether somebody asked the run to stop."""
+    """Outcomes of workers, lines of metrics, which workers are there, and whether somebody asked the run to stop."""
 
     def __init__(self) -> None:
+        self._there: set[int] = set()  # ranks
         self._outcomes: dict[int, dict[str, Any]] = {}
         self._records: list[str] = []
         self._stop = False
@@ -46,8 +47,16 @@ class Desk:
         records, self._records = self._records, []
         return records
 
-    def ask_to_stop(self) -> None:
+    def come(self, rank: int) -> None:
+        self._there.add(rank)
+
+    def go(self, rank: int) -> None:
+        self._there.discard(rank)
+
+    def ask_to_stop(self) -> bool:
+        """Whether there is a worker to hear it."""
         self._stop = True
+        return bool(self._there)
 
     def stop_asked(self) -> bool:
         return self._stop
@@ -102,17 +111,21 @@ def tell(the_desk: Any, rank: int, outcome: Any) -> None:
 
 @contextmanager
 def mistakes_told(the_desk: Any) -> Iterator[None]:
-    """On each worker: leave a ConfigError or RunError of the block for the driver, which ends the block.
+    """On each worker, which is there for as long: leave a ConfigError or RunError of the block for the driver.
 
-    It is raised again where not every worker has told of one: the others wait for this one in a collective, and a
-    restart ends them.
+    That ends the block. It is raised again where not every worker has told of one: the others wait for this one in a
+    collective, and a restart ends them.
     """
+    ray.get(the_desk.come.remote(collectives.rank()))
     try:
         yield
     except (ConfigError, RunError) as error:
         tell(the_desk, collectives.rank(), error)
         if not _all_told(the_desk):
             raise
+    finally:
+        with suppress(RayActorError):  # it is gone, which the block has met
+            ray.get(the_desk.go.remote(collectives.rank()))
 
 
 def _all_told(the_desk: Any) -> bool:
