@@ -14,7 +14,7 @@ from rich.table import Table
 from distssl import config, method, settings
 from distssl import sweep as sweeps
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import aws, cluster, errands, jobs, place, standing
+from distssl.on_ray import aws, cluster, errands, jobs, place, standing, visible
 from distssl.on_ray.remote import Cluster, Errand
 from distssl.on_ray.target import Target
 
@@ -32,6 +32,7 @@ def pretrain(config_file: Path, overrides: list[str], target: Target, console: C
         run = config.load(config_file, overrides, method.options)
         tree = run.model_dump(mode="json")
         del tree["machine"]["cache"]  # a folder of this machine; hosts have their own
+        visible.settle(there.file, tree)
         files = {JOB_CONFIG: yaml.safe_dump(tree, sort_keys=False)}
         demand = run.machine.workers or 1, f"machine.workers={run.machine.workers}"
         return errands.run(there, Errand(run.run_name, ["pretrain", "--config", JOB_CONFIG], files, run, demand))
@@ -44,6 +45,8 @@ def sweep(config_file: Path, overrides: list[str], target: Target, console: Cons
         if "storage" not in tree:
             tree["storage"] = f"{there.storage}/sweeps"
         swept = sweeps.parse(tree)
+        named = {f"runs[{number}]": place for number, place in enumerate(swept.runs)}
+        visible.places(there.file, {"storage": swept.storage, **named, **visible.overridden(swept.overrides)})
         files = {JOB_CONFIG: yaml.safe_dump(tree, sort_keys=False)}
         command = ["sweep", "--config", JOB_CONFIG]
         return errands.run(there, Errand(f"sweep-{swept.name}", command, files, demand=swept.demand))
@@ -52,6 +55,9 @@ def sweep(config_file: Path, overrides: list[str], target: Target, console: Cons
 def other(name: str, command: list[str], demand: tuple[int, str], target: Target, console: Console) -> int:
     """Another command of launch.py on a cluster; the exit code. demand: as in `Errand`."""
     with Cluster(target, console) as there:
+        if command[0] == "evaluate":
+            named = {"RUN": command[1], **visible.overridden(command)}
+            command = ["evaluate", visible.places(there.file, named)["RUN"], *command[2:]]
         return errands.run(there, Errand(name, command, demand=demand))
 
 
