@@ -1,4 +1,7 @@
-"""On a cluster: ask the job of a name to save a checkpoint and stop; 1 where it has no ears for that."""
+"""On a cluster: ask the job of a name to save a checkpoint and stop; 1 where it has no ears for that.
+
+It is the workers of a run that hear it: one that still waits for hosts has none.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,8 @@ from distssl.on_ray import desk, place
 def main(name: str) -> None:
     place.start()
     found = desk.find(name)
-    if found is None:
+    if found is None or not ray.get(found.ask_to_stop.remote()):
         sys.exit(1)
-    ray.get(found.ask_to_stop.remote())
 
 
 if __name__ == "__main__":

@@ -6,19 +6,24 @@ it looks for subnets in every VPC of the account, unless it is told a group: the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import boto3
 from botocore import exceptions
 
-from distssl.errors import ConfigError, first_line
+from distssl.errors import ConfigError, RunError, first_line
 from distssl.on_ray.cluster_file import ClusterFile
 
 WORLD = ("0.0.0.0/0", "::/0")
 TAG = "ray-cluster-name"
-LIVE = ["pending", "running", "stopping", "shutting-down"]
+UP = ("pending", "running")
+STOPPED = ("stopping", "stopped")  # by Ray, where a file leaves its `cache_stopped_nodes` on; the volumes cost
+LIVE = (*UP, *STOPPED, "shutting-down")
+GONE_S = 600  # for instances that are ended
+POLL_S = 3
 
 
 def check(file: ClusterFile) -> dict[str, dict[str, float]]:
@@ -106,10 +111,11 @@ def remove_security_group(file: ClusterFile) -> None:
 
 
 def instances(file: ClusterFile) -> list[dict[str, Any]]:
-    """What is alive of the cluster: {"id", "type" (the node type), "instance", "state", "spot"}."""
+    """What there is of the cluster: {"id", "type" (the node type), "instance", "state", "spot"}."""
     with said_of(file):
         client = _client(file, "ec2")
-        filters = [{"Name": f"tag:{TAG}", "Values": [file.name]}, {"Name": "instance-state-name", "Values": LIVE}]
+        states = {"Name": "instance-state-name", "Values": list(LIVE)}
+        filters = [{"Name": f"tag:{TAG}", "Values": [file.name]}, states]
         pages = client.get_paginator("describe_instances").paginate(Filters=filters)
         found = [one for page in pages for group in page["Reservations"] for one in group["Instances"]]
     return [
@@ -124,14 +130,23 @@ def instances(file: ClusterFile) -> list[dict[str, Any]]:
     ]
 
 
-def terminate(file: ClusterFile) -> None:
-    """Every instance of the cluster."""
-    ids = [one["id"] for one in instances(file)]
-    if ids:
-        with said_of(file):
-            client = _client(file, "ec2")
-            client.terminate_instances(InstanceIds=ids)
-            client.get_waiter("instance_terminated").wait(InstanceIds=ids)
+def up(file: ClusterFile) -> set[str]:
+    """The ids of the instances that run, or are about to."""
+    return {one["id"] for one in instances(file) if one["state"] in UP}
+
+
+def terminate(file: ClusterFile, ids: Sequence[str]) -> None:
+    """Instances of the cluster, until they are gone. Raises RunError where that takes longer than GONE_S."""
+    if not ids:
+        return
+    with said_of(file):
+        _client(file, "ec2").terminate_instances(InstanceIds=list(ids))
+    deadline = time.monotonic() + GONE_S
+    while left := [f"{one['id']} ({one['state']})" for one in instances(file) if one["id"] in ids]:
+        if time.monotonic() > deadline:
+            again = f"python launch.py down --cluster {file.path}"
+            raise RunError(f"{file.path}: not gone after {GONE_S} s: {', '.join(left)}. Look again: {again}")
+        time.sleep(POLL_S)
 
 
 @contextmanager

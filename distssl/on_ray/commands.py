@@ -7,18 +7,19 @@ import logging
 from pathlib import Path
 
 import yaml
-from ray.job_submission import JobDetails
+from ray.job_submission import JobDetails, JobStatus
 from rich.console import Console
 from rich.table import Table
 
 from distssl import config, method, settings
 from distssl import sweep as sweeps
-from distssl.errors import ConfigError
-from distssl.on_ray import cluster, jobs, remote
+from distssl.errors import ConfigError, RunError
+from distssl.on_ray import aws, cluster, errands, jobs, place, standing, visible
 from distssl.on_ray.remote import Cluster, Errand
 from distssl.on_ray.target import Target
 
 JOB_CONFIG = "job.yaml"
+STOP_S = 300  # for the checkpoint of a run that is asked to stop
 for chatty in ("botocore", "ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
@@ -31,9 +32,10 @@ def pretrain(config_file: Path, overrides: list[str], target: Target, console: C
         run = config.load(config_file, overrides, method.options)
         tree = run.model_dump(mode="json")
         del tree["machine"]["cache"]  # a folder of this machine; hosts have their own
+        visible.settle(there.file, tree)
         files = {JOB_CONFIG: yaml.safe_dump(tree, sort_keys=False)}
         demand = run.machine.workers or 1, f"machine.workers={run.machine.workers}"
-        return there.run(Errand(run.run_name, ["pretrain", "--config", JOB_CONFIG], files, run, demand))
+        return errands.run(there, Errand(run.run_name, ["pretrain", "--config", JOB_CONFIG], files, run, demand))
 
 
 def sweep(config_file: Path, overrides: list[str], target: Target, console: Console) -> int:
@@ -43,21 +45,27 @@ def sweep(config_file: Path, overrides: list[str], target: Target, console: Cons
         if "storage" not in tree:
             tree["storage"] = f"{there.storage}/sweeps"
         swept = sweeps.parse(tree)
+        named = {f"runs[{number}]": place for number, place in enumerate(swept.runs)}
+        visible.places(there.file, {"storage": swept.storage, **named, **visible.overridden(swept.overrides)})
         files = {JOB_CONFIG: yaml.safe_dump(tree, sort_keys=False)}
         command = ["sweep", "--config", JOB_CONFIG]
-        return there.run(Errand(f"sweep-{swept.name}", command, files, demand=swept.demand))
+        return errands.run(there, Errand(f"sweep-{swept.name}", command, files, demand=swept.demand))
 
 
 def other(name: str, command: list[str], demand: tuple[int, str], target: Target, console: Console) -> int:
     """Another command of launch.py on a cluster; the exit code. demand: as in `Errand`."""
     with Cluster(target, console) as there:
-        return there.run(Errand(name, command, demand=demand))
+        if command[0] == "evaluate":
+            named = {"RUN": command[1], **visible.overridden(command)}
+            command = ["evaluate", visible.places(there.file, named)["RUN"], *command[2:]]
+        return errands.run(there, Errand(name, command, demand=demand))
 
 
 def attach(job: str | None, target: Target, console: Console) -> int:
     with Cluster(target, console) as there:
         there.find()
-        return there.follow(str(jobs.choose(there.client, job).submission_id))
+        chosen = str(jobs.choose(there.client, job).submission_id)
+        return errands.after(there, chosen, there.follow(chosen))
 
 
 def logs(job: str | None, target: Target, console: Console) -> int:
@@ -75,17 +83,33 @@ def stop(job: str | None, target: Target, console: Console) -> int:
         if found.status in jobs.ENDED:
             raise ConfigError(f"JOB {found.submission_id}: has ended ({found.status})")
         there.say(f"asking {found.submission_id} to save a checkpoint and stop")
-        saved = remote.stop(there, found)
+        saved = end_job(there, found)
         from_where = "the last checkpoint" if saved else "what it had finished or saved before"
         there.say(f"{'stopped' if saved else 'ended at once'}; the same command goes on from {from_where}")
+        errands.say_idle(there)
     return 0
+
+
+def end_job(there: Cluster, found: JobDetails) -> bool:
+    """Ask a job to save and stop, and end one that cannot be asked or does not; whether it ended by itself."""
+    job, asking = str(found.submission_id), ["python", "-m", "distssl.on_ray.ask_to_stop", jobs.name_of(found)]
+    with jobs.shipment({}) as folder:
+        asked = jobs.submit(there.client, "ask-to-stop", asking, folder, {place.CLUSTER: there.name}, kind="service")
+    jobs.wait(there.client, asked, 60)
+    has_ears = there.client.get_job_status(asked) != JobStatus.FAILED
+    if has_ears and jobs.wait(there.client, job, STOP_S):
+        return True
+    there.client.stop_job(job)
+    if not jobs.wait(there.client, job, 60):
+        raise RunError(f"job {job} does not end; python launch.py down {there.options} ends everything")
+    return False
 
 
 def down(target: Target, console: Console) -> int:
     with Cluster(target, console) as there:
         assert there.file
         with console.status(f"taking {there.name} down"):
-            cluster.down(there.file, lambda line: None)
+            cluster.down(there.file)
         there.say(f"nothing is left of {there.name}")
     return 0
 
@@ -93,20 +117,21 @@ def down(target: Target, console: Console) -> int:
 def status(target: Target, console: Console) -> int:
     """Hosts and jobs."""
     with Cluster(target, console) as there:
-        hosts = cluster.hosts(there.file) if there.file else None
+        hosts = standing.hosts(there.file) if there.file else None
         if there.file and hosts is not None:
             console.print(_hosts(hosts))
-            there.say(cluster.price(there.file, hosts))
-            if not hosts:
+            there.say(standing.price(there.file, hosts))
+            if not any(host["state"] in aws.UP for host in hosts):
+                if hosts:
+                    there.say(f"End them: {standing.ends(there.file)}")
                 return 0
         there.find()
         console.print(_jobs(jobs.ours(there.client)))
-        if there.file:
-            there.say_idle(hosts)
+        errands.say_idle(there, hosts)
     return 0
 
 
-def _hosts(hosts: cluster.Hosts) -> Table:
+def _hosts(hosts: standing.Hosts) -> Table:
     drawn = Table(title="hosts")
     for name in ("id", "type", "instance", "state", "spot"):
         drawn.add_column(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -72,17 +72,21 @@ def tell(the_desk: Any, rank: int, outcome: Any) -> None:
 
 @contextmanager
 def mistakes_told(the_desk: Any) -> Iterator[None]:
-    """On each worker: leave a ConfigError or RunError of the block for the driver, which ends the block.
+    """On each worker, which is there for as long: leave a ConfigError or RunError of the block for the driver.
 
-    It is raised again where not every worker has told of one: the others wait for this one in a collective, and a
-    restart ends them.
+    That ends the block. It is raised again where not every worker has told of one: the others wait for this one in a
+    collective, and a restart ends them.
     """
+    ray.get(the_desk.come.remote(collectives.rank()))
     try:
         yield
     except (ConfigError, RunError) as error:
         tell(the_desk, collectives.rank(), error)
         if not _all_told(the_desk):
             raise
+    finally:
+        with suppress(RayActorError):  # it is gone, which the block has met
+            ray.get(the_desk.go.remote(collectives.rank()))
 
 
 def _all_told(the_desk: Any) -> bool:

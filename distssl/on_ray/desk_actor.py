@@ -6,9 +6,10 @@ from typing import Any
 
 
 class Desk:
-    """Outcomes of workers, lines of metrics, and whether somebody asked the run to stop."""
+    """Outcomes of workers, lines of metrics, which workers are there, and whether somebody asked the run to stop."""
 
     def __init__(self) -> None:
+        self._there: set[int] = set()  # ranks
         self._outcomes: dict[int, dict[str, Any]] = {}
         self._records: list[str] = []
         self._stop = False
@@ -29,8 +30,16 @@ class Desk:
         records, self._records = self._records, []
         return records
 
-    def ask_to_stop(self) -> None:
+    def come(self, rank: int) -> None:
+        self._there.add(rank)
+
+    def go(self, rank: int) -> None:
+        self._there.discard(rank)
+
+    def ask_to_stop(self) -> bool:
+        """Whether there is a worker to hear it."""
         self._stop = True
+        return bool(self._there)
 
     def stop_asked(self) -> bool:
         return self._stop

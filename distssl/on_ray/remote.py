@@ -1,4 +1,4 @@
-"""The same command on a cluster: check, bring it up, ship the code, submit, follow, and leave as the job leaves."""
+"""A cluster that a command speaks with: check, bring it up, ship the code, submit, follow."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobSubmissionClient
+from rich import markup
 from rich.console import Console
 
 from distssl.config import Run
 from distssl.data import order
-from distssl.errors import ConfigError, RunError
+from distssl.errors import ConfigError
 from distssl.on_ray import cluster, jobs, place, reaper, token
 from distssl.on_ray.cluster_file import ClusterFile
 from distssl.on_ray.place import Workers
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 BOARD = "tensorboard"  # the service's name
 LET_GO = 130  # the exit code of a command whose job goes on
-STOP_S = 300  # for the checkpoint of a run that is asked to stop
 OF_JOBS = {
     "RAY_SCHEDULER_EVENTS": "0",  # or Ray says every 5 s that it adds a host where there is none to be had
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's runs in the dashboard's interface, for an actor of its own
@@ -60,6 +60,7 @@ class Cluster:
         self.file = ClusterFile(target.cluster) if target.cluster else None
         self.way = Way(self.file, target.address)
         self.client: JobSubmissionClient
+        self.raised: bool | None = None  # whether this command brought it up; None: it is not known to be up
 
     def __enter__(self) -> Cluster:
         return self
@@ -84,8 +85,13 @@ class Cluster:
             raise ConfigError("--storage: hosts share no folder with this machine; say --storage s3://BUCKET/runs")
         return found
 
-    def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+    @property
+    def is_connected(self) -> bool:
+        """Whether it has answered this command."""
+        return hasattr(self, "client")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
 
     def find(self) -> None:
         """Connect to it. Raises ConfigError where it is not up."""
@@ -106,17 +112,16 @@ class Cluster:
             workers.require(*errand.demand)
             if errand.run:
                 _check_lanes(errand.run, workers)
-            if not cluster.is_up(self.file):
-                self._up()
+            self._bring_up(self.file)
         self.client = self.way.connect()
         return workers
 
-    def _up(self) -> None:
-        assert self.file
+    def _bring_up(self, file: ClusterFile) -> None:
         started = time.monotonic()
-        with self.console.status(f"bringing {self.name} up") as status:
-            cluster.up(self.file, lambda line: status.update(f"bringing {self.name} up: {line[:100]}"))
-        self.say(f"cluster {self.name} is up after {time.monotonic() - started:.0f} s")
+        with self.console.status(f"looking for {self.name}") as status:
+            self.raised = cluster.bring_up(file, lambda text: status.update(markup.escape(text[:120])), self.say)
+        if self.raised:
+            self.say(f"cluster {self.name} is up after {time.monotonic() - started:.0f} s")
 
     def submit(self, errand: Errand, workers: Workers | None) -> str:
         """Start the errand's job; the one that is doing it already where there is one. Its id.
@@ -179,47 +184,6 @@ class Cluster:
             self.say(f"\nlet go of {job}, which goes on. Come back: python launch.py attach {job} {self.options}")
             return LET_GO
 
-    def run(self, errand: Errand) -> int:
-        """Do an errand there; the exit code."""
-        job = self.submit(errand, self.raise_up(errand))
-        if self.target.detach:
-            self.say(f"job {job} goes on by itself. Watch it: python launch.py attach {job} {self.options}")
-            return 0
-        code = self.follow(job)
-        if code == LET_GO and not self._has_ended(job):
-            return code
-        if self.target.down_when_done and self.file:
-            self._down()
-        elif self.file:
-            self.say_idle()
-        return code
-
-    def _has_ended(self, job: str) -> bool:
-        """Where nobody answers, it goes on."""
-        try:
-            return jobs.wait(self.client, job, 0)
-        except RunError:
-            return False
-
-    def _down(self) -> None:
-        """Take it down, unless somebody else's job runs on it."""
-        assert self.file
-        others = jobs.at_work(self.client)
-        if others:
-            self.say(f"job {others[0].submission_id} is running on {self.name}, which ends when no job is left")
-            return
-        self.say(f"taking {self.name} down")
-        cluster.down(self.file, lambda line: None)
-        self.say("nothing of it is left")
-
-    def say_idle(self, hosts: cluster.Hosts | None = None) -> None:
-        """That hosts are up without work, and what that costs. hosts: those that are known to be up."""
-        assert self.file
-        if not jobs.running(self.client):
-            costs = cluster.price(self.file, cluster.hosts(self.file) if hosts is None else hosts)
-            said = f"no job is running, and the cluster is up{f': {costs}' if costs else ''}"
-            self.console.print(f"{said}. End it: python launch.py down {self.options}", soft_wrap=True, style="yellow")
-
 
 def _check_lanes(run: Run, workers: Workers) -> None:
     """Where the user says how many workers, the lanes must be shared out to them evenly. Raises ConfigError."""
@@ -227,18 +191,3 @@ def _check_lanes(run: Run, workers: Workers) -> None:
     if num and lanes % num:
         fits = [one for one in range(1, workers.most + 1) if lanes % one == 0]
         raise ConfigError(f"machine.workers={num} does not divide data.lanes={lanes}; right here: {fits}")
-
-
-def stop(there: Cluster, found: JobDetails) -> bool:
-    """Ask a job to save and stop, and end one that cannot be asked or does not; whether it ended by itself."""
-    job, asking = str(found.submission_id), ["python", "-m", "distssl.on_ray.ask_to_stop", jobs.name_of(found)]
-    with jobs.shipment({}) as folder:
-        asked = jobs.submit(there.client, "ask-to-stop", asking, folder, {place.CLUSTER: there.name}, kind="service")
-    jobs.wait(there.client, asked, 60)
-    has_ears = there.client.get_job_status(asked) != JobStatus.FAILED
-    if has_ears and jobs.wait(there.client, job, STOP_S):
-        return True
-    there.client.stop_job(job)
-    if not jobs.wait(there.client, job, 60):
-        raise RunError(f"job {job} does not end; python launch.py down {there.options} ends everything")
-    return False

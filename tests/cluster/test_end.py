@@ -43,6 +43,14 @@ def test_a_run_names_what_it_waits_for_and_the_cluster_of_a_dead_client_ends_wit
     cloud.of_hosts["AWS_ENDPOINT_URL_EC2"] = scarcity.URL  # the head's: it is what starts workers
     start = ("--cluster", file, "--down-when-done", *SETTINGS)
     with scarcity.of_hosts() as market:
+        waits = user.start("--cluster", file, *SETTINGS, "name=waits")
+        waits.until(lambda said: WAITS in said, "what it waits for", 360)
+        code, said = user.run("stop", "waits", "--cluster", file, within_s=120)  # no worker is there to be asked
+        assert code == 0, said
+        assert "ended at once" in said
+        assert "no job is running, and the cluster is up: 1 host, " in said
+        assert waits.end(60) == 130, waits.said
+
         first = user.start(*start, "name=first", "train.epochs=100000")
         first.until(lambda said: WAITS in said, "what it waits for", 360)
         market.full = False

@@ -88,3 +88,32 @@ def test_a_head_that_dies_while_it_is_set_up(cloud: Cloud, user: User, shared: P
     (error,) = [line for line in command.said.splitlines() if line.startswith("error:")]
     assert "nothing is left running" in error
     nothing_is_left(cloud)
+
+
+def test_a_client_that_dies_while_it_sets_a_head_up_leaves_one_that_the_next_command_names(
+    cloud: Cloud, user: User, shared: Path
+) -> None:
+    file = cluster_file(cloud, shared, setup_commands=["echo setting up; touch ~/half; sleep 600"])
+    command = user.start("--cluster", file, "--detach")
+    command.until(lambda said: any(host.has("root/half") for host in cloud.network.hosts.values()), "set-up", 120)
+    command.kill()
+    ends = f"end it: python launch.py down --cluster {file}"
+    fails(user, file, "the command that set up the head of distssl was cut off (1 host, about 0.10 USD an hour", 1)
+    assert ends in user.commands[-1].said
+    assert len(cloud.instances(*ALIVE)) == 1
+    code, said = user.run("down", "--cluster", file)
+    assert code == 0, said
+    nothing_is_left(cloud)
+
+
+def test_two_commands_at_once_bring_up_one_head(cloud: Cloud, user: User, shared: Path) -> None:
+    file = cluster_file(cloud, shared)
+    verify = ("verify", "--methods", "simsiam", "--world-sizes", "1", "--cluster", file, "--detach")
+    commands = [user.start(*verify) for _ in range(2)]
+    assert [command.end(300) for command in commands] == [0, 0], [command.said for command in commands]
+    assert sum("is up after" in command.said for command in commands) == 1
+    assert len([one for one in cloud.instances() if one["InstanceType"] == "m5.large"]) == 1
+    assert all("distssl stays up: " in command.said for command in commands)
+    code, said = user.run("down", "--cluster", file)
+    assert code == 0, said
+    nothing_is_left(cloud)

@@ -44,6 +44,15 @@ def with_another_key(pair: TwoHosts, file: Path) -> Path:
     return path
 
 
+def with_one_host(pair: TwoHosts, file: Path) -> Path:
+    """The same cluster by a file whose list is shorter than what its head was started with."""
+    tree = yaml.safe_load(file.read_text())
+    tree["provider"]["worker_ips"] = []
+    path = pair.shared / "one.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 def test_a_head_that_does_not_answer_is_neither_restarted_nor_ended(pair: TwoHosts) -> None:
     user, file = pair.user, pair.file()
     shut_out = with_another_key(pair, file)
@@ -60,6 +69,9 @@ def test_a_head_that_does_not_answer_is_neither_restarted_nor_ended(pair: TwoHos
     code, said = user.run("status", "--cluster", file)
     assert code == 0, said
     assert "verify-1" in said
+    code, said = user.run(*VERIFY, "--cluster", with_one_host(pair, file))
+    assert code == 2, said
+    assert 'is up with other hosts: provider.worker_ips was ["10.77.0.12"], is []. ' in said
 
     time.sleep(KEPT_S)
     code, said = user.run(*VERIFY, "--cluster", shut_out)

@@ -11,10 +11,11 @@ import boto3
 import pytest
 import yaml
 from moto import mock_aws
+from moto.ec2.models.instances import Instance
 from ray.autoscaler._private.aws import config as rays
 from ray.autoscaler._private.util import prepare_config
 
-from distssl.errors import ConfigError
+from distssl.errors import ConfigError, RunError
 from distssl.on_ray import aws, cluster
 from distssl.on_ray.cluster_file import ClusterFile
 from tests.on_ray.test_cluster_file import minimal
@@ -101,5 +102,27 @@ def test_down_of_a_cluster_that_is_not_up_leaves_nothing(
     monkeypatch.setattr(cluster, "_sdk", lambda *given: pytest.fail("Ray's launcher would make a group to end it"))
     aws.make_security_group(file)
     for _ in range(2):
-        cluster.down(file, lambda line: None)
+        cluster.down(file)
         assert not groups(ec2)
+
+
+def test_instances_that_do_not_end_are_named_and_the_cloud_is_not_said_to_be_away(
+    ec2: Any, file: ClusterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An AWS that ends none."""
+    tags = [{"Key": aws.TAG, "Value": file.name}]
+    made = ec2.run_instances(
+        ImageId="ami-1", MinCount=1, MaxCount=1, TagSpecifications=[{"ResourceType": "instance", "Tags": tags}]
+    )
+    name = made["Instances"][0]["InstanceId"]
+
+    def still(self: Instance, *given: Any, **options: Any) -> str:
+        self._state.name = "shutting-down"
+        return "running"
+
+    monkeypatch.setattr(Instance, "terminate", still)
+    monkeypatch.setattr(aws, "GONE_S", 0)
+    with pytest.raises(
+        RunError, match=rf"not gone after 0 s: {name} \(shutting-down\)\. Look again: python launch.py down"
+    ):
+        aws.terminate(file, [name])

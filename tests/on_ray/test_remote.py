@@ -15,7 +15,7 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from rich.console import Console
 
 from distssl.errors import ConfigError, RunError
-from distssl.on_ray import jobs, remote
+from distssl.on_ray import commands, errands, jobs, remote
 from distssl.on_ray.place import Workers
 from distssl.on_ray.remote import Cluster, Errand
 from distssl.on_ray.target import Target
@@ -106,7 +106,7 @@ def asked(there: Cluster) -> list[Callable[[], object]]:
     """What commands ask a head that they found."""
     job = jobs.choose(there.client, "mine")
     return [
-        lambda: remote.stop(there, job),
+        lambda: commands.end_job(there, job),
         lambda: jobs.choose(there.client, None),
         lambda: jobs.wait(there.client, "mine-1", 5),
         lambda: there.client.get_job_logs("mine-1"),
@@ -137,7 +137,7 @@ def test_a_ctrl_c_lets_go_of_a_job_whose_head_does_not_answer(
     monkeypatch.setattr(jobs, "follow", interrupted)
     monkeypatch.setattr(Cluster, "submit", lambda *given: "mine-1")
     with Cluster(Target(None, url), Console()) as there:
-        assert there.run(Errand("mine", ["pretrain"])) == remote.LET_GO
+        assert errands.run(there, Errand("mine", ["pretrain"])) == remote.LET_GO
     assert f"Come back: python launch.py attach mine-1 --address {url}" in capsys.readouterr().out
 
 
