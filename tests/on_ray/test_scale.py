@@ -82,5 +82,5 @@ def test_every_host_gets_the_copy(tree: dict[str, Any], tmp_path: Path) -> None:
     file = opened(tree, tmp_path)
     scale.keep(file)
     given = yaml.safe_load(file.write().read_text())["file_mounts"]
-    assert (Path(given["/home/ubuntu/.distssl"]) / scale.NAME).exists()
+    assert (Path(given["~/.distssl"]) / scale.NAME).exists()
     assert f"~/.distssl/{scale.NAME}" in head.HEALTH
