@@ -37,6 +37,7 @@ CLUSTERS = "tests/cluster/"
 # Before torch is there. Tests' tensors are so small that a second thread only waits for the first: on a machine that
 # does other work too, training tests took a hundred times as long with two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # other tests' memory is no reason to end a Ray's workers
 
 
 class RankError(AssertionError):

@@ -100,7 +100,12 @@ class Host:
         (folder / "tmp").chmod(0o1777)
         (folder / "root").chmod(0o700)
         (folder / "root/.ssh/authorized_keys").write_text(public_key)
-        exports = {"PATH": f"{Path(sys.executable).parent}:$PATH", **environment}
+        # A Ray ends workers where the machine's memory is nearly full, and of that all hosts and tests have the same.
+        exports = {
+            "PATH": f"{Path(sys.executable).parent}:$PATH",
+            "RAY_memory_monitor_refresh_ms": "0",
+            **environment,
+        }
         (folder / "root/.bashrc").write_text("".join(f"export {name}={value}\n" for name, value in exports.items()))
         (folder / "root/.profile").write_text(". ~/.bashrc\n")
         shared = {sys.prefix, sys.base_prefix}
