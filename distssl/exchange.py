@@ -19,7 +19,7 @@ from distssl.estimate import Collective, Links, Measured
 KINDS = {"gloo:all_reduce": "all_reduce", "gloo:all_gather": "all_gather"}
 # Bytes, from where alpha decides to where beta does, and how many: of the small ones a few take most of the time, where
 # others want the same cores.
-REDUCED = ((1 << 10, 100), (1 << 16, 100), (1 << 20, 20), (1 << 23, 10))
+REDUCED = ((1 << 10, 300), (1 << 16, 200), (1 << 20, 40), (1 << 23, 10))
 
 
 def count(act: Callable[[], object]) -> tuple[Collective, ...]:
