@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from distssl.errors import ConfigError, RunError, first_line
-from distssl.on_ray.tunnel import Way
+from distssl.on_ray.tunnel import Client, Way
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = ("launch.py", "pyproject.toml", "distssl", "configs")
@@ -25,14 +26,18 @@ PROJECT = "distssl"  # of our jobs, in their metadata
 NAME = "job_name"  # where the dashboard looks for it
 FILES = "files"  # a digest of those that it was submitted with
 LOST_S = 600  # a head that does not answer for so long is gone
+QUIET_S = 300  # a log without a new line for so long is asked for again: its connection may be dead without a word
+STATUS_S = 5.0
 POLL_S = 1.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+OURS = (2, 130)  # exit codes by which a job ends itself, after a word in its log; and 1, by which others end it too
+END = 4000  # characters
 LOST = (RuntimeError, OSError, aiohttp.ClientError, asyncio.TimeoutError)
 
 Tell = Callable[[str], None]
 
 
-@contextmanager
+@contextlib.contextmanager
 def shipment(files: Mapping[str, str]) -> Iterator[Path]:
     """A folder with the code and with files by name and content: what a job's hosts get, and nothing else."""
     with tempfile.TemporaryDirectory(prefix="distssl-job-") as folder:
@@ -127,28 +132,82 @@ def choose(client: JobSubmissionClient, wanted: str | None) -> JobDetails:
 def follow(way: Way, job: str, show: Tell, say: Tell) -> int:
     """Show a job's log until it ends, through lost connections; the job's exit code.
 
-    show: called with pieces of the log, say: with lines about the connection. Raises RunError where the head stays
-    away.
+    show: called with pieces of the log, say: with lines about the connection and the end. Raises RunError where the
+    head stays away, or another one has come.
     """
-    log, lost_at = _Log(show), None
+    log, client = _Log(show), way.connect()
+    session, dashboard = client.session, way.dashboard
     while True:
         try:
-            client = way.connect(within_s=10)
-            asyncio.run(log.tail(client, job))
-            details = client.get_job_info(job)
-            if details.status in ENDED:
-                log.add(0, client.get_job_logs(job))
-                if details.status == JobStatus.FAILED and details.driver_exit_code is None:
-                    say(f"job {job} failed with no exit code of its own: {details.message}")  # its log cannot say why
-                return _exit_code(details)
-            lost_at = None
-        except (RunError, *LOST) as error:
-            if lost_at is None:
-                lost_at = time.monotonic()
-                say(f"the connection is lost ({first_line(error)}); the job goes on, connecting again")
-            if time.monotonic() - lost_at > LOST_S:
-                raise RunError(f"the head has not answered for {LOST_S // 60} minutes; is it still there?") from None
+            details = _until_ended(client, job, log, say)
+            break
+        except LOST as error:
+            say(f"the connection is lost ({first_line(error)}); the job goes on, connecting again")
+        client = _again(way, job, session)
+        if way.dashboard != dashboard:
+            dashboard = way.dashboard
+            say(f"connected again; the dashboard is at {dashboard} now")
+    try:
+        log.add(0, client.get_job_logs(job))
+    except LOST as error:
+        say(f"warning: job {job} has ended, and the rest of its log cannot be read: {first_line(error)}")
+    if details.status == JobStatus.FAILED and not log.says_why(details.driver_exit_code):
+        say(f"job {job} failed: {details.message}")
+    return _exit_code(details)
+
+
+def _until_ended(client: Client, job: str, log: _Log, say: Tell) -> JobDetails:
+    """Show a job's log as it grows, until it has ended; how. Raises one of LOST where the head does not answer.
+
+    The log's connection cannot tell: it has no heartbeat, and it ends before the job where the log is not UTF-8.
+    """
+    told = False
+    with _a_loop() as loop:
+        tail = loop.create_task(log.tail(client, job))
+        while (details := client.get_job_info(job)).status not in ENDED:
+            if tail.done():
+                if not told and not tail.result():
+                    say(f"job {job} goes on, but no more of its log can be read for now")
+                    told = True
+                time.sleep(STATUS_S)
+                tail = loop.create_task(log.tail(client, job))
+            loop.run_until_complete(asyncio.wait([tail], timeout=STATUS_S))
+        return details
+
+
+@contextlib.contextmanager
+def _a_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """Its tasks end with the block. Unlike in `asyncio.run`, a Ctrl-C is raised at once, whatever is waited for."""
+    loop = asyncio.new_event_loop()
+    try:
+        yield loop
+    finally:
+        loop.set_exception_handler(lambda *_: None)  # a Ctrl-C that came while a task ran is raised already
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _again(way: Way, job: str, session: str | None) -> Client:
+    """After an outage: a client that has an answer about the job. Raises RunError where there will be none."""
+    deadline = time.monotonic() + LOST_S
+    while True:
         time.sleep(POLL_S)
+        try:
+            client = way.connect(within_s=POLL_S)
+            if client.session != session:
+                break
+            client.get_job_info(job)
+            return client
+        except LOST as error:
+            if time.monotonic() > deadline:
+                away = f"the head has not answered for {LOST_S // 60} minutes; is it still there?"
+                raise RunError(f"{away} ({first_line(error)})") from None
+    raise RunError(f"job {job} is gone: the cluster's head is not the one that it was submitted to")
 
 
 def wait(client: JobSubmissionClient, job: str, within_s: float) -> bool:
@@ -165,14 +224,21 @@ class _Log:
     """How much of a job's log was shown: it comes from its start again after each lost connection."""
 
     def __init__(self, show: Tell) -> None:
-        self.show, self.shown = show, 0
+        self.show, self.shown, self.end = show, 0, ""
 
-    async def tail(self, client: JobSubmissionClient, job: str) -> None:
-        """To the end of the log or of the connection."""
-        position = 0
-        async for piece in client.tail_job_logs(job):
-            self.add(position, piece)
-            position += len(piece)
+    async def tail(self, client: JobSubmissionClient, job: str) -> bool:
+        """To the end of the log or of its connection; whether something new came, or it was only quiet."""
+        before, position = self.shown, 0
+        pieces = client.tail_job_logs(job)
+        try:
+            while (piece := await asyncio.wait_for(anext(pieces, None), QUIET_S)) is not None:
+                self.add(position, piece)
+                position += len(piece)
+        except asyncio.TimeoutError:
+            return True
+        except LOST:
+            pass
+        return self.shown > before
 
     def add(self, position: int, piece: str) -> None:
         """Show what is new of a piece of the log."""
@@ -180,6 +246,11 @@ class _Log:
         if new:
             self.show(new)
             self.shown = position + len(piece)
+            self.end = (self.end + new)[-END:]
+
+    def says_why(self, exit_code: int | None) -> bool:
+        """Whether a job that failed has said itself why; else Ray knows."""
+        return exit_code in OURS or (exit_code == 1 and re.search("^error:", self.end, re.MULTILINE) is not None)
 
 
 def _exit_code(details: JobDetails) -> int:
