@@ -50,7 +50,11 @@ def say_idle(there: Cluster, hosts: Hosts | None = None) -> None:
     except RunError as error:
         there.say(f"whether {there.name} still has a job is not known: {error}. End it: {standing.ends(there.file)}")
         return
-    end = f"It ends by itself in {reaper.GRACE_S} s" if ends_itself else f"End it: {standing.ends(there.file)}"
+    end = (
+        f"It ends by itself within {reaper.GRACE_S // 60} minutes"
+        if ends_itself
+        else f"End it: {standing.ends(there.file)}"
+    )
     there.say(f"no job is running, and the cluster is up{_costs(there, hosts)}. {end}", style="yellow")
 
 

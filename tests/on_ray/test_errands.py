@@ -82,7 +82,7 @@ def there(
 
     monkeypatch.setattr(cluster, "bring_up", comes_up)
     monkeypatch.setattr(cluster, "is_up", lambda file: True)
-    monkeypatch.setattr(Way, "connect", lambda *given, **options: Client(dashboard.url))
+    monkeypatch.setattr(Way, "connect", lambda *given, **options: Client(lambda: dashboard.url))
     file = account.file()
     return lambda **options: Cluster(Target(file.path, None, **options), Console(width=400))
 
@@ -208,7 +208,7 @@ def test_commands_after_which_no_job_runs_say_that_the_cluster_is_up(
     assert "End it: python launch.py down" in said
     dashboard.add(reaper.NAME, kind="service")
     assert commands.attach(None, target, Console(width=400)) == 1
-    assert "It ends by itself in 30 s" in capsys.readouterr().out
+    assert "It ends by itself within 5 minutes" in capsys.readouterr().out
 
 
 def test_who_does_not_follow_a_job_is_told_that_the_cluster_stays(
