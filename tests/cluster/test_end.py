@@ -19,6 +19,7 @@ from tests.cluster.user import User, wait
 
 pytestmark = [pytest.mark.cloud, pytest.mark.slow, pytest.mark.timeout(900)]
 
+GRACE_S = 30
 SETTINGS = [*runs.settings(), "eval.tasks=[]", f"data.source=s3://{BUCKET}/shards", "machine.workers=1"]
 WAITS = (
     "waiting for workers: hosts for 0 of 1 are up; no worker to be had: InsufficientInstanceCapacity: "
@@ -39,7 +40,8 @@ def test_a_run_names_what_it_waits_for_and_the_cluster_of_a_dead_client_ends_wit
     cloud: Cloud, user: User, shared: Path
 ) -> None:
     upload(cloud, runs.packed(shared / "photos", num=112), "shards")
-    file = cluster_file(cloud, shared)
+    ours = {"storage": f"s3://{BUCKET}/runs", "environment": {reaper.GRACE: str(GRACE_S)}}
+    file = cluster_file(cloud, shared, distssl=ours)
     cloud.of_hosts["AWS_ENDPOINT_URL_EC2"] = scarcity.URL  # the head's: it is what starts workers
     start = ("--cluster", file, "--down-when-done", *SETTINGS)
     with scarcity.of_hosts() as market:
@@ -52,13 +54,13 @@ def test_a_run_names_what_it_waits_for_and_the_cluster_of_a_dead_client_ends_wit
         code, said = user.run(*start, "name=second", f"data.source=s3://{BUCKET}/nothing", within_s=300)
         assert code == 2, said
         assert "job first-1 is running on distssl" in said
-        longer, reached = time.monotonic() + reaper.GRACE_S + 5, last_step(cloud, "first")
-        wait(lambda: time.monotonic() > longer, "a while without the second job", reaper.GRACE_S + 10)
+        longer, reached = time.monotonic() + GRACE_S + 5, last_step(cloud, "first")
+        wait(lambda: time.monotonic() > longer, "a while without the second job", GRACE_S + 10)
         assert last_step(cloud, "first") > reached
 
         code, said = user.run("stop", "first", "--cluster", file)
         assert code == 0, said
-        wait(lambda: not cloud.instances(*ALIVE), "the end of all hosts", reaper.GRACE_S + 60)
+        wait(lambda: not cloud.instances(*ALIVE), "the end of all hosts", GRACE_S + 60)
     saved = cloud.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="runs/first/checkpoints/")["Contents"]
     assert any(one["Key"].endswith("manifest.json") for one in saved)
     code, said = user.run("down", "--cluster", file)  # of the security group, which the head had

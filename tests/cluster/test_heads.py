@@ -19,6 +19,7 @@ from tests.cluster.user import wait
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(900)]
 
+GRACE_S = 30  # of a cluster without work
 KEPT_S = 12  # Ray's launcher keeps an SSH connection for the next command, whatever its key
 VERIFY = ("verify", "--methods", "simsiam", "--world-sizes", "1", "--detach")
 
@@ -45,6 +46,7 @@ def with_another_key(pair: TwoHosts, file: Path) -> Path:
 
 
 def test_a_head_that_does_not_answer_is_neither_restarted_nor_ended(pair: TwoHosts) -> None:
+    pair.of_jobs = {reaper.GRACE: str(GRACE_S)}
     user, file = pair.user, pair.file()
     shut_out = with_another_key(pair, file)
     code, said = user.run(*VERIFY, "--cluster", shut_out)
@@ -82,6 +84,6 @@ def test_a_head_that_does_not_answer_is_neither_restarted_nor_ended(pair: TwoHos
     code, said = user.run(*VERIFY, "--down-when-done", "--cluster", file)
     assert code == 0, said
     assert head_of(pair) == [head]
-    wait(lambda: not head_of(pair), "the end of a head without work", 400 + reaper.GRACE_S)
+    wait(lambda: not head_of(pair), "the end of a head without work", 400 + GRACE_S)
     code, said = user.run("down", "--cluster", file)
     assert code == 0, said
