@@ -24,7 +24,7 @@ def test_the_wait_begins_with_the_end_of_the_last_job_and_an_outage_is_no_end(
     server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reaper, "POLL_S", 0.05)
-    monkeypatch.setattr(tunnel, "REQUEST_S", 0.2)
+    monkeypatch.setattr(tunnel, "REQUEST_S", GRACE_S / 2)
     client = Client(lambda: server.url)
     with ThreadPoolExecutor(1) as pool:
         idle = pool.submit(reaper._wait_until_idle, client, GRACE_S)
