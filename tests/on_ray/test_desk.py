@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,12 +26,13 @@ class Near:
 
 
 @pytest.fixture
-def near(monkeypatch: pytest.MonkeyPatch) -> Near:
+def near(monkeypatch: pytest.MonkeyPatch) -> Iterator[Near]:
     made = Near()
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     monkeypatch.setattr(place, "start", lambda: None)
     monkeypatch.setattr(desk, "find", lambda name: made)
-    return made
+    yield made
+    logging.disable(logging.NOTSET)  # a worker that tells of a mistake has nothing more to log
 
 
 def asked() -> int:

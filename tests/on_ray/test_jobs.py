@@ -238,8 +238,9 @@ def test_a_log_that_is_not_utf_8_does_not_hide_how_the_job_ended(server: JobServ
 def test_a_ctrl_c_ends_the_following_at_once(server: JobServer) -> None:
     """Also while nobody answers. In a process of its own, as it is for the main thread."""
     program = """
-import sys
+import signal, sys
 from distssl.on_ray import jobs, tunnel
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
 jobs.follow(tunnel.Way(None, sys.argv[1]), sys.argv[2], print, print)
 """
     done: list[tuple[float, str]] = []
@@ -254,7 +255,10 @@ jobs.follow(tunnel.Way(None, sys.argv[1]), sys.argv[2], print, print)
             time.sleep(jobs.STATUS_S if mute is None else 6)  # it asks for the status every five seconds
             started = time.monotonic()
             process.send_signal(signal.SIGINT)
-            words = process.communicate(timeout=60)[1]
+            try:
+                words = process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
             done.append((time.monotonic() - started, words))
     for took_s, words in done:
         assert took_s < 10
