@@ -72,6 +72,11 @@ def launch(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
     Returns the results in rank order. All of it must be picklable. Raises torch's ChildFailedError where a rank fails.
     They are forked from a process that has imported the first function's module, and have this one's environment.
     """
+    return _launch(function.__module__, world_size, function, *args)
+
+
+def _launch(module: str, world_size: int, function: Callable[..., T], *args: Any) -> list[T]:
+    """As `launch`. module: what the ranks have at once, where this is the first launch."""
     from torch.distributed.launcher import api
 
     config = api.LaunchConfig(
@@ -84,8 +89,7 @@ def launch(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
         max_restarts=0,
         start_method="forkserver",
     )
-    first = args[0] if function is _answer else function
-    multiprocessing.set_forkserver_preload([__name__, first.__module__])
+    multiprocessing.set_forkserver_preload([__name__, module])
     results = api.elastic_launch(config, _in_group)(dict(os.environ), function, args)
     return [results[rank] for rank in range(world_size)]
 
@@ -100,7 +104,7 @@ def attempt(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # what they log is in the error too
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        answers = launch(_answer, world_size, function, args)
+        answers = _launch(function.__module__, world_size, _answer, function, args)
     except ChildFailedError as error:
         if any(failure.exitcode == -signal.SIGKILL for failure in error.failures.values()):
             raise NoMemoryError("the system killed a rank, most likely for its memory") from None

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # at every line, and no gradient was above 3.4 times the median of the lines before. But DINO's, whose teacher told
 # nothing apart: its bottleneck had 0.12 and 2.5.
 COLLAPSED_STD = 0.1
-COLLAPSED_RANK = 3.0  # images that are all black have 1.8 to 2.1: what BatchNorm makes of rounding errors
+COLLAPSED_RANK = 3.0  # images that are all black have 1.8 to 2.6: what BatchNorm makes of rounding errors
 SPIKE = 10.0
 
 IN_A_ROW = 3  # lines that must agree that the embeddings have collapsed

@@ -63,10 +63,10 @@ class Server:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30):
             return f"s3://{name}"
 
-    def client(self) -> Any:
-        """boto3's, of S3."""
+    def client(self, service: str = "s3") -> Any:
+        """boto3's."""
         keys = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"]}
-        return boto3.client("s3", region_name=KEYS["AWS_DEFAULT_REGION"], endpoint_url=self.endpoint, **keys)
+        return boto3.client(service, region_name=KEYS["AWS_DEFAULT_REGION"], endpoint_url=self.endpoint, **keys)
 
     def close(self) -> None:
         self.process.kill()

@@ -14,7 +14,7 @@ VALUES = {"FILL_IN_NUMBER": 4, "FILL_IN_YOUR_ADDRESS/32": "192.0.2.7/32"}
 
 def tree(name: str, **above: Any) -> dict[str, Any]:
     """Of a file and what it extends, with `above` laid over it as a file of the user's own would be."""
-    return settings._over(_filled(settings.read_extending(FOLDER / f"{name}.yaml", "--cluster")), above)
+    return settings._over(filled(settings.read_extending(FOLDER / f"{name}.yaml", "--cluster")), above)
 
 
 def head(name: str) -> str:
@@ -23,11 +23,12 @@ def head(name: str) -> str:
     return " ".join(line.lstrip("#!").strip() for line in lines if line.startswith("#") and "SBATCH" not in line)
 
 
-def _filled(value: Any) -> Any:
+def filled(value: Any) -> Any:
+    """A tree with something in place of all that is to be filled in."""
     if isinstance(value, dict):
-        return {key: _filled(one) for key, one in value.items()}
+        return {key: filled(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_filled(one) for one in value]
+        return [filled(one) for one in value]
     if isinstance(value, str) and PLACEHOLDER in value:
         return VALUES.get(value, value.replace(PLACEHOLDER, "given"))
     return value

@@ -144,8 +144,7 @@ def terminate(file: ClusterFile, ids: Sequence[str]) -> None:
     deadline = time.monotonic() + GONE_S
     while left := [f"{one['id']} ({one['state']})" for one in instances(file) if one["id"] in ids]:
         if time.monotonic() > deadline:
-            again = f"python launch.py down --cluster {file.path}"
-            raise RunError(f"{file.path}: not gone after {GONE_S} s: {', '.join(left)}. Look again: {again}")
+            raise RunError(f"{file.path}: not gone after {GONE_S} s: {', '.join(left)}. Look again: {file.ends}")
         time.sleep(POLL_S)
 
 

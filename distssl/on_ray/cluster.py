@@ -9,10 +9,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from distssl import atomic, capacity
+from distssl.capacity import Resources
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import aws, head, scale, standing
 from distssl.on_ray.cluster_file import ClusterFile
@@ -42,16 +43,11 @@ SET_UP_S = 1200  # and one of another machine to set a head up, of which only th
 POLL_S = 10
 
 Tell = Callable[[str], object]
-Resources = Mapping[str, Mapping[str, float]]  # node type -> what a node has
 
 
 def check(file: ClusterFile) -> Resources:
     """Everything that can be known without starting a host. Raises ConfigError with a line for each mistake."""
-    if file.provider == "aws":
-        return aws.check(file)
-    if file.provider == "local":
-        return {"local": capacity.started_with(file.config.get("worker_start_ray_commands", []))}
-    return {name: kind.get("resources") or {} for name, kind in file.config["available_node_types"].items()}
+    return aws.check(file) if file.provider == "aws" else capacity.listed(file.config)
 
 
 def is_up(file: ClusterFile) -> bool:
@@ -103,7 +99,7 @@ def _set_up(file: ClusterFile, say: Tell) -> Found | None:
         if not said:
             say(
                 f"the head of {file.name} is being set up ({found.status}), by another command or by one that was cut "
-                f"off: waiting for it, at most {SET_UP_S // 60} minutes. To end it: {standing.ends(file)}"
+                f"off: waiting for it, at most {SET_UP_S // 60} minutes. To end it: {file.ends}"
             )
             said = True
         time.sleep(POLL_S)
@@ -163,7 +159,7 @@ def _undo(file: ClusterFile, before: set[str], said: str, say: Tell) -> str:
             else:
                 down(file)
         except KeyboardInterrupt:
-            say(f"hosts of {file.name} may be left. End them: {standing.ends(file)}")
+            say(f"hosts of {file.name} may be left. End them: {file.ends}")
             raise
     _unfinished(file).unlink(missing_ok=True)
     return left

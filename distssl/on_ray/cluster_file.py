@@ -60,6 +60,11 @@ class ClusterFile:
         """Of this cluster on this machine: the file that Ray is given, logs."""
         return FOLDER.expanduser() / self.name
 
+    @property
+    def ends(self) -> str:
+        """The command that ends the cluster."""
+        return f"python launch.py down --cluster {self.path}"
+
     def write(self) -> Path:
         """The file for Ray, the token and what the hosts are given, in `folder`."""
         atomic.make_folder(self.folder)

@@ -123,7 +123,7 @@ def status(target: Target, console: Console) -> int:
             there.say(standing.price(there.file, hosts))
             if not any(host["state"] in aws.UP for host in hosts):
                 if hosts:
-                    there.say(f"End them: {standing.ends(there.file)}")
+                    there.say(f"End them: {there.file.ends}")
                 return 0
         there.find()
         console.print(_jobs(jobs.ours(there.client)))

@@ -48,13 +48,9 @@ def say_idle(there: Cluster, hosts: Hosts | None = None) -> None:
             return
         ends_itself = bool(jobs.running(there.client, reaper.NAME, "service"))
     except RunError as error:
-        there.say(f"whether {there.name} still has a job is not known: {error}. End it: {standing.ends(there.file)}")
+        there.say(f"whether {there.name} still has a job is not known: {error}. End it: {there.file.ends}")
         return
-    end = (
-        f"It ends by itself within {reaper.GRACE_S // 60} minutes"
-        if ends_itself
-        else f"End it: {standing.ends(there.file)}"
-    )
+    end = f"It ends by itself within {reaper.GRACE_S // 60} minutes" if ends_itself else f"End it: {there.file.ends}"
     there.say(f"no job is running, and the cluster is up{_costs(there, hosts)}. {end}", style="yellow")
 
 
@@ -76,7 +72,7 @@ def _leave(there: Cluster, job: str | None) -> None:
         except (ConfigError, RunError) as error:  # beside the one that is raised
             there.say(str(error))
         except KeyboardInterrupt:
-            there.say(f"hosts of {there.name} may be left. End them: {standing.ends(there.file)}")
+            there.say(f"hosts of {there.name} may be left. End them: {there.file.ends}")
             raise
 
 
@@ -121,7 +117,7 @@ def _say_that_it_stays(there: Cluster, job: str | None) -> None:
     if job and there.target.down_when_done:
         there.say(f"{there.name} ends with its last job")
     else:
-        there.say(f"{there.name} stays up{_costs(there)}. End it: {standing.ends(there.file)}")
+        there.say(f"{there.name} stays up{_costs(there)}. End it: {there.file.ends}")
 
 
 def _costs(there: Cluster, hosts: Hosts | None = None) -> str:

@@ -54,7 +54,7 @@ def require_same(file: ClusterFile, started: Scale | None) -> None:
     changes = "; ".join(f"{key} was {_said(started, key)}, is {_said(ours, key)}" for key in keys)
     raise ConfigError(
         f"{file.path}: the cluster {file.name} is up with other hosts: {changes}. "
-        f"Put it back as it was, or end the cluster first: python launch.py down --cluster {file.path}"
+        f"Put it back as it was, or end the cluster first: {file.ends}"
     )
 
 

@@ -32,27 +32,22 @@ def price(file: ClusterFile, hosts: Hosts | None) -> str:
     return known + (f", and {num_stopped} stopped, whose volumes cost" if num_stopped else "")
 
 
-def ends(file: ClusterFile) -> str:
-    """The command that ends the cluster."""
-    return f"python launch.py down --cluster {file.path}"
-
-
 def trouble(file: ClusterFile, found: Found, cut_off: bool) -> str:
     """Why a cluster can neither be used nor be brought up, and what to do about it.
 
     cut_off: whether a command of this machine was cut off while it brought the cluster up.
     """
     if found.state == head.HEADLESS:
-        who, what = f"hosts of {file.name} are there without a head", f"end them: {ends(file)}"
+        who, what = f"hosts of {file.name} are there without a head", f"end them: {file.ends}"
     elif found.state == head.SETTING_UP and cut_off:
-        who, what = f"the command that set up the head of {file.name} was cut off", f"end it: {ends(file)}"
+        who, what = f"the command that set up the head of {file.name} was cut off", f"end it: {file.ends}"
     elif found.state == head.SETTING_UP:
         who = f"the head of {file.name} is still being set up ({found.status}), or a command that did so was cut off"
-        what = f"try again, or end it: {ends(file)}"
+        what = f"try again, or end it: {file.ends}"
     elif found.state == head.UNREACHABLE:
-        who, what = "the head does not answer SSH", "try again" + (f", or end it: {ends(file)}" if found.hosts else "")
+        who, what = "the head does not answer SSH", "try again" + (f", or end it: {file.ends}" if found.hosts else "")
     else:
         who = f"the head of {file.name} is there, and Ray does not answer"
-        what = f"try again, or end it: {ends(file)}"
+        what = f"try again, or end it: {file.ends}"
     costs = f" ({price(file, found.hosts)})" if found.hosts else ""
     return f"{file.path}: {who}{costs}; nothing was changed, {what}"

@@ -13,22 +13,11 @@ import yaml
 
 from distssl import prices, settings
 from distssl.errors import ConfigError
-from distssl.on_ray.cluster_file import PLACEHOLDER, ClusterFile
+from distssl.on_ray.cluster_file import ClusterFile
+from tests.shipped import filled
 
 ROOT = Path(__file__).parent.parent.parent
 RAY_FILES = ("aws", "aws-spot", "gcp", "onprem", "local")
-VALUES = {"FILL_IN_NUMBER": 4, "FILL_IN_YOUR_ADDRESS/32": "192.0.2.7/32"}
-
-
-def filled(tree: Any) -> Any:
-    """A tree with something in place of all that is to be filled in."""
-    if isinstance(tree, dict):
-        return {key: filled(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [filled(value) for value in tree]
-    if isinstance(tree, str) and PLACEHOLDER in tree:
-        return VALUES.get(tree, tree.replace(PLACEHOLDER, "given"))
-    return tree
 
 
 def written(folder: Path, tree: dict[str, Any]) -> Path:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import yaml
 
@@ -26,14 +25,9 @@ PROFILE = "distssl-head"
 class Account:
     """name: of its cluster. Every account that is made has a VPC of its own."""
 
-    def __init__(self, folder: Path, endpoint: str) -> None:
-        keys = {
-            name.lower(): value for name, value in buckets.KEYS.items() if name.startswith("AWS_") and "KEY" in name
-        }
+    def __init__(self, folder: Path, server: buckets.Server) -> None:
         self.folder = folder
-        where: dict[str, Any] = {"region_name": REGION, "endpoint_url": endpoint, **keys}
-        self.ec2: Any = boto3.client("ec2", **where)
-        iam: Any = boto3.client("iam", **where)
+        self.ec2, iam = server.client("ec2"), server.client("iam")
         with contextlib.suppress(iam.exceptions.EntityAlreadyExistsException):
             iam.create_instance_profile(InstanceProfileName=PROFILE)
         vpc = self.ec2.create_vpc(CidrBlock="127.77.0.0/16")["Vpc"]["VpcId"]
@@ -92,4 +86,4 @@ def account(moto: buckets.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     buckets.point_at(monkeypatch, moto.endpoint, HOME=str(tmp_path), TMPDIR=str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
-    return Account(tmp_path, moto.endpoint)
+    return Account(tmp_path, moto)
