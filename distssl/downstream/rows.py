@@ -59,12 +59,12 @@ class Row:
     @property
     def interval(self) -> float | None:
         """Half of the mean's 95 % interval over seeds, by Student's t; None for a single seed."""
-        from scipy import stats
+        from scipy import special  # scipy.stats takes half a second to import
 
         if len(self.values) < 2:
             return None
         error = float(np.std(self.values, ddof=1)) / len(self.values) ** 0.5
-        return float(stats.t.ppf(0.975, len(self.values) - 1)) * error
+        return float(special.stdtrit(len(self.values) - 1, 0.975)) * error
 
     @property
     def place(self) -> tuple[str | int | None, ...]:

@@ -13,7 +13,6 @@ from typing import Any
 import optuna
 import ray
 from ray import train, tune
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -25,6 +24,7 @@ from distssl import job, run_folder, sweep
 from distssl.context import Context
 from distssl.errors import ConfigError, RunError, last_line
 from distssl.on_ray import desk, network, place, waiting
+from distssl.on_ray.trainer import Trainer
 from distssl.run_folder import Found
 from distssl.sweep import Dimension, Outcome, Sweep, Trial
 
@@ -187,7 +187,7 @@ def _trial(
     os.chdir(folder)  # the user's paths count from there, and Ray starts processes elsewhere
     chosen = sweep.trial(swept, {names[key]: value for key, value in point.items()})
     the_desk = desk.open_unnamed()
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _work,
         # On a cluster no path counts from the driver's folder, which other hosts do not have.
         train_loop_config={

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import train
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from distssl import collectives
 from distssl.errors import RunError, last_line
 from distssl.on_ray import desk, network, waiting
+from distssl.on_ray.trainer import JobTrainer
 
 Work = Callable[[Any], Any]  # what each worker does, given the driver's desk; picklable
 
@@ -36,9 +37,10 @@ def run(
     """
     at: Any = desk.open_unnamed() if the_desk is None else the_desk
     with tempfile.TemporaryDirectory(prefix="distssl-ray-") as scratch:
-        trainer = _Trainer(
+        trainer = JobTrainer(
             _work,
-            train_loop_config={"work": work, "desk": at},
+            # By reference: the controller unpickles this, and need not import what the work does.
+            train_loop_config={"work": ray.put(work), "desk": at},
             **network.layout(num_workers, share),
             run_config=train.RunConfig(
                 name=name,
@@ -60,13 +62,6 @@ def run(
     return desk.result(outcomes)
 
 
-class _Trainer(TorchTrainer):
-    """A TorchTrainer that leaves Ctrl-C to its caller."""
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's own would abort the run where ours asks it to save and stop."""
-
-
 def _work(given: dict[str, Any]) -> None:
     """One worker. What a restart cannot mend, and what comes of the work, is left for the driver."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray tells of every report under the name of a file of its own
@@ -75,6 +70,7 @@ def _work(given: dict[str, Any]) -> None:
     if any("finished" not in outcome for outcome in desk.outcomes(the_desk)):
         return
     with desk.mistakes_told(the_desk):
-        found = given["work"](the_desk)
+        work: Any = ray.get(given["work"])
+        found = work(the_desk)
         if collectives.rank() == 0:
             desk.tell(the_desk, 0, found)
