@@ -176,6 +176,8 @@ def down(file: ClusterFile) -> None:
         if left:
             raise RunError(f"{file.path}: still there: {', '.join(one['id'] for one in left)}; look at the AWS console")
     else:
+        if file.provider == "local":
+            _look(file)  # so that the launcher finds the head, which a `down` that failed has noted as ended
         code = _sdk(file, DOWN, "down").returncode
         # The launcher ends hosts of one's own by a `ray stop`, and says nothing where that fails.
         if code or (file.provider == "local" and not _is_gone(file)):

@@ -77,15 +77,15 @@ def _look_at(config: dict[str, Any], provider: Any, head: str, hosts: list[dict[
     runner = provider.get_command_runner(
         "", head, config["auth"], config["cluster_name"], subprocess, inside, config.get("docker")
     )
-    said = _said(runner, HEALTH)
-    if said is not None:
-        if is_local:
-            record_local_head_state_if_needed(provider)  # or the launcher finds no head to open a tunnel to
-        return Found(ANSWERS, hosts, started=scale.parse(said))
-    said = _said(runner, PROCESS, run_env="host")
-    if said is None:
+    health = _said(runner, HEALTH)
+    said = _said(runner, PROCESS, run_env="host") if health is None else None
+    if health is None and said is None:
         return Found(UNREACHABLE, hosts)
-    return Found(NONE if is_local and "pgrep=1" in said else SILENT, hosts)
+    if is_local and said is not None and "pgrep=1" in said:
+        return Found(NONE, hosts)
+    if is_local:
+        record_local_head_state_if_needed(provider)  # or the launcher finds no head to open a tunnel to, or to end
+    return Found(SILENT, hosts) if health is None else Found(ANSWERS, hosts, started=scale.parse(health))
 
 
 def _said(runner: Any, command: str, **how: Any) -> str | None:

@@ -17,7 +17,7 @@ from tests.cluster import hosts
 from tests.cluster.two_hosts import TwoHosts
 from tests.cluster.user import wait
 
-pytestmark = [pytest.mark.cloud, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cloud, pytest.mark.slow, pytest.mark.timeout(900)]
 
 GRACE_S = 30  # of a cluster without work
 KEPT_S = 12  # Ray's launcher keeps an SSH connection for the next command, whatever its key
@@ -55,7 +55,6 @@ def with_one_host(pair: TwoHosts, file: Path) -> Path:
 
 
 def test_a_head_that_does_not_answer_is_neither_restarted_nor_ended(pair: TwoHosts) -> None:
-    pair.of_jobs = {reaper.GRACE: str(GRACE_S)}
     user, file = pair.user, pair.file()
     shut_out = with_another_key(pair, file)
     code, said = user.run(*VERIFY, "--cluster", shut_out)
@@ -75,6 +74,10 @@ def test_a_head_that_does_not_answer_is_neither_restarted_nor_ended(pair: TwoHos
     assert code == 2, said
     assert 'is up with other hosts: provider.worker_ips was ["10.77.0.12"], is []. ' in said
 
+    code, said = user.run(*VERIFY, "--cluster", file)
+    assert code == 0, said
+    assert head_of(pair) == [head]
+
     time.sleep(KEPT_S)
     code, said = user.run(*VERIFY, "--cluster", shut_out)
     assert code == 1, said
@@ -91,10 +94,17 @@ def test_a_head_that_does_not_answer_is_neither_restarted_nor_ended(pair: TwoHos
     assert "may still be up" in said
     assert "nothing is left" not in said
     assert head_of(pair) == [head]
+    code, said = user.run("down", "--cluster", file)
+    assert code == 0, said
+    assert not head_of(pair)
 
+
+def test_a_head_ends_with_its_last_job(pair: TwoHosts) -> None:
+    pair.of_jobs = {reaper.GRACE: str(GRACE_S)}
+    user, file = pair.user, pair.file()
     code, said = user.run(*VERIFY, "--down-when-done", "--cluster", file)
     assert code == 0, said
-    assert head_of(pair) == [head]
+    assert head_of(pair)
     wait(lambda: not head_of(pair), "the end of a head without work", 400 + GRACE_S)
     code, said = user.run("down", "--cluster", file)
     assert code == 0, said
