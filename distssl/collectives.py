@@ -133,6 +133,7 @@ def _in_group(environ: dict[str, str], function: Callable[..., T], args: tuple[A
     torch.set_num_threads(1)
     init("gloo")
     try:
+        barrier()  # one that has nothing to tell the others would be gone while they still connect with it
         return function(*args)
     finally:
         shutdown()
