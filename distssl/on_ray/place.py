@@ -18,6 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distssl.errors import ConfigError, RunError
 
+log = logging.getLogger(__name__)
+
 CLUSTER = "DISTSSL_CLUSTER"  # the cluster's name, in the environment of jobs that `launch.py --cluster` submits
 WORKERS = "DISTSSL_WORKERS"  # beside it: `Workers` of the cluster file, as JSON
 STORAGE = "DISTSSL_STORAGE"  # and where its run folders lie
@@ -78,7 +80,9 @@ def start(workers: int | None = None, kept_cpus: int = 0) -> Workers:
     workers = workers or 1
     cpus = max(os.cpu_count() or 1, workers + kept_cpus)
     with _address_known():
-        ray.init(address="local", num_cpus=cpus, logging_level=logging.ERROR)
+        here = ray.init(address="local", num_cpus=cpus, logging_level=logging.ERROR)
+    if here.dashboard_url:
+        log.info("Ray's dashboard: http://%s; its token: ray get-auth-token", here.dashboard_url)
     return Workers(workers, (cpus - kept_cpus) // workers, int(torch.cuda.is_available()))
 
 

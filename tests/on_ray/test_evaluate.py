@@ -44,6 +44,7 @@ def test_the_figures_of_two_workers_are_those_of_one_process(pretrained: Path, t
         done = evaluate(run, "--task", "knn,cluster,finetune", "eval.source=labelled", *workers)
         assert done.returncode == 0, done.stderr
         assert ("2 Ray workers" in done.stdout) == bool(workers)
+        assert ("Ray's dashboard: http://127.0.0.1:" in done.stderr) == bool(workers)
         found.append(sorted(read_summary(run), key=str))
     assert {row.task for row in found[0]} == {"knn", "cluster", "finetune"}
     assert found[0] == found[1]
