@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo
 	$(BIN)/python launch.py
 
-# One process for the tests of clusters, which wait for most of their time, and two for the others.
+# Two processes for the tests of clusters, which wait for half of their time, and two for the others.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .

@@ -33,6 +33,8 @@ from tests.buckets import bucket, object_store, unreliable  # noqa: F401 - fixtu
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = "tests/cluster/"
+ONPREM = f"{CLUSTERS}test_onprem.py"
+LONG = (ONPREM, CLUSTERS, "tests/on_ray/test_pretrain.py", "tests/on_ray/test_sweep.py", "tests/on_ray/")
 
 # Before torch is there. Tests' tensors are so small that a second thread only waits for the first: on a machine that
 # does other work too, training tests took a hundred times as long with two.
@@ -179,17 +181,20 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes longest, so that no process is left with it at the end."""
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.dist)
+    items.sort(key=lambda item: next((at for at, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
 
 
 class ByFile(LoadFileScheduling):
-    """What `pytest -n` gives to one process: a file, or all tests of clusters, which are many hosts each."""
+    """What `pytest -n` gives to one process: a file, or all tests of clouds: their clusters have one name, by which Ray
+    names its sockets below /tmp."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return CLUSTERS if file.startswith(CLUSTERS) else file
+        return CLUSTERS if file.startswith(CLUSTERS) and file != ONPREM else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:

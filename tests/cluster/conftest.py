@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import browser, buckets, debian
+from tests import browser, debian
 from tests.cluster import hosts, two_hosts
 from tests.cluster.cloud import Cloud
 from tests.cluster.two_hosts import TwoHosts
@@ -31,7 +30,7 @@ def chromium() -> str:
     return browser.installed()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that all hosts see at the same place: not below /tmp, of which each has its own."""
     folder = Path(tempfile.mkdtemp(prefix="distssl-test-", dir="/var/tmp"))
@@ -39,12 +38,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cloud(namespaces: None, shared: Path) -> Iterator[Cloud]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # boto3 leaves its connections to the collector
-        with Cloud(shared / "cloud") as made:
-            yield made
+    with Cloud(shared / "cloud") as made:
+        yield made
 
 
 @pytest.fixture
@@ -54,16 +51,7 @@ def user(cloud: Cloud, shared: Path) -> Iterator[User]:
     made.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(namespaces: None, shared: Path) -> Iterator[TwoHosts]:
     with two_hosts.started(shared) as made:
         yield made
-
-
-@pytest.fixture
-def store(pair: TwoHosts) -> Iterator[buckets.Server]:
-    """An object store that both hosts and their user reach."""
-    server = buckets.Server(hosts.GATEWAY)
-    pair.reach(server)
-    yield server
-    server.close()

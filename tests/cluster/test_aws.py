@@ -17,9 +17,13 @@ from tests.cluster import hosts
 from tests.cluster.cloud import ALIVE, BUCKET, REGION, ZONE, Cloud
 from tests.cluster.user import ROOT, User, wait
 
-pytestmark = [pytest.mark.cloud, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # boto3 leaves its connections to the collector
+]
 
-EPOCHS = 60
+EPOCHS = 40
 SETTINGS = [
     "train.precision=float64",  # so that the order of a sum over ranks is all but invisible
     f"train.epochs={EPOCHS}",
@@ -49,7 +53,7 @@ def cluster_file(cloud: Cloud, folder: Path, **changes: Any) -> Path:
         },
         "auth": {"ssh_user": "root"},
         "available_node_types": {"head": {"node_config": {"InstanceType": "m5.large", **place}}, "worker": worker},
-        "setup_commands": ["ray --version"],
+        "setup_commands": ["true"],
         "distssl": {"storage": f"s3://{BUCKET}/runs"},
         **changes,
     }

@@ -17,7 +17,12 @@ from tests.cluster.test_aws import cluster_file, upload
 from tests.cluster.test_faults import nothing_is_left
 from tests.cluster.user import User, wait
 
-pytestmark = [pytest.mark.cloud, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cloud,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # boto3 leaves its connections to the collector
+]
 
 GRACE_S = 30
 SETTINGS = [*runs.settings(), "eval.tasks=[]", f"data.source=s3://{BUCKET}/shards", "machine.workers=1"]

@@ -39,7 +39,7 @@ class TwoHosts:
             "extends": str(ROOT / "cluster/onprem.yaml"),
             "provider": {"head_ip": HEAD, "worker_ips": [WORKER]},
             "auth": {"ssh_user": "root", "ssh_private_key": str(self.network.key)},
-            "setup_commands": ["ray --version"],
+            "setup_commands": ["true"],
             "head_start_ray_commands": [
                 "ray stop",
                 f"{start} --head --port=6379 --dashboard-host=127.0.0.1 "

@@ -1,84 +1,17 @@
-"""Hosts of one's own by the list of onprem.yaml: runs on two of them, what Chromium shows of one at the addresses that
-launch.py prints, through its tunnel, and the same cluster by the address of its dashboard."""
+"""What a cluster's dashboard and its TensorBoard show, in Chromium and by their interfaces."""
 
 from __future__ import annotations
 
 import json
 import re
 import urllib.request
-from pathlib import Path
 
 import pytest
 
-from distssl import monitor
-from distssl.downstream import rows
-from tests import browser, buckets, runs
 from tests.browser import Browser
-from tests.cluster.two_hosts import HEAD, SETTINGS, WORKER, TwoHosts
-from tests.cluster.user import wait
+from tests.cluster.two_hosts import HEAD, WORKER
 
-pytestmark = [pytest.mark.cloud, pytest.mark.timeout(600)]
-
-BUCKET = "distssl-test"
-BEHIND_S = 30  # TensorBoard may be that much behind the terminal
-LONG = [*SETTINGS, "train.epochs=4000", "train.log_every=200"]
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def test_the_pages_of_a_run_on_two_hosts_show_it_also_after_the_connection_was_cut(
-    chromium: str, pair: TwoHosts, store: buckets.Server, shared: Path
-) -> None:
-    user = pair.user
-    storage = f"{store.make_bucket(BUCKET)}/runs"
-    file, packed = pair.file(), runs.packed(shared / "photos", num=112)
-    start = ["--cluster", file, f"data.source={packed}", *LONG]
-    run = user.start(*start, "name=seen", "--storage", storage)
-    run.until(lambda said: "TensorBoard:" in said, "the addresses", 240)
-    dashboard, token, board = (printed(run.said, name) for name in ("dashboard", "its token", "TensorBoard"))
-
-    password = (shared / "home" / token.removeprefix("cat ~/")).read_text()
-    run.until(lambda said: "step " in said, "the first line of its log", 240)
-    ((step, loss),) = re.findall(r"^step (\d+)/.* loss ([\d.]+)", run.said, re.MULTILINE)
-    wait(lambda: int(step) in losses(board), "the loss in TensorBoard", BEHIND_S, lambda: run.said)
-    assert losses(board)[int(step)] == pytest.approx(float(loss), abs=1e-3)
-    with browser.started(shared / "profile") as page:
-        check_curve(page, board)
-        page.open(f"{dashboard}/#/jobs")
-        log_in(page, password)
-        check_jobs(page)
-        check_hosts(page, dashboard)
-        assert train_runs(dashboard, password) == [("seen", "RUNNING")]
-
-        pair.network.hosts["head"].hang_up()
-        run.until(lambda said: "the connection is lost" in said, "that the connection is lost", 60)
-        run.until(lambda said: "step " in said.partition("the connection is lost")[2], "another step", 120)
-        assert losses(board)
-        page.open("about:blank")
-        page.open(f"{dashboard}/#/jobs")
-        check_jobs(page)
-
-    code, said = user.run("status", "--address", dashboard)
-    assert code == 0, said
-    assert "seen-1" in said
-    assert "running" in said
-    code, said = user.run("stop", "seen", "--address", dashboard)
-    assert code == 0, said
-    assert "goes on from the last checkpoint" in said
-    assert run.end(60) == 130, run.said
-    kept = store.client().list_objects_v2(Bucket=BUCKET, Prefix="runs/seen/checkpoints/step_")
-    assert kept["KeyCount"]
-
-    other = user.start("--cluster", file, f"data.source={packed}", *SETTINGS, "name=other", "train.epochs=2")
-    other.until(lambda said: "TensorBoard:" in said, "the addresses", 120)
-    board = printed(other.said, "TensorBoard")
-    wait(lambda: location(board) == str(shared / "runs"), "a TensorBoard of the other storage", 60)
-    assert other.end(240) == 0, other.said
-    assert "2 Ray workers" in other.said
-    steps = monitor.read_jsonl(shared / "runs/other" / monitor.METRICS)
-    assert steps[-1]["step"] == 2 * (112 // 16)
-    assert {row.backbone for row in rows.read_summary(shared / "runs/other")} == {"random", "pretrained"}
-    code, said = user.run("down", "--cluster", file)
-    assert code == 0, said
 
 
 def printed(said: str, name: str) -> str:
