@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -31,9 +33,10 @@ def describe(metrics: dict) -> str:
 def follow(run_dir: Path, console: Console) -> Iterator[None]:
     """Show the run's steps while the block runs: a bar on a terminal, lines elsewhere."""
     show = _bar if console.is_terminal else _lines
-    path = run_dir / METRICS
-    start = path.stat().st_size if path.exists() else 0  # here, so that no line is missed before the thread looks
-    with background.beside(lambda done: show(_records(path, start, done), console), "progress"):
+    with (
+        closing(_Tail(run_dir / METRICS)) as tail,  # here, so that no line is missed before the thread looks
+        background.beside(lambda done: show(_records(tail, done), console), "progress"),
+    ):
         yield
 
 
@@ -45,19 +48,48 @@ def bar(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
-def _records(path: Path, position: int, done: threading.Event) -> Iterator[dict]:
-    """The lines of metrics.jsonl from a byte on, as they are written; a file cut back is read on from its new end."""
-    rest = ""
+class _Tail:
+    """The lines that are written to a file from now on.
+
+    A resumed run replaces the file by one without the steps that it does again. What is new there comes after the lines
+    that both files begin with.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb") if path.exists() else None  # noqa: SIM115 - it stays open between looks
+        if self._file:
+            self._file.seek(0, os.SEEK_END)
+
+    def lines(self) -> list[bytes]:
+        """The whole ones since the last call."""
+        if not self.path.exists():
+            return []
+        newest = open(self.path, "rb")  # noqa: SIM115 - the next look needs it
+        if self._file:
+            if os.path.sameopenfile(newest.fileno(), self._file.fileno()):
+                newest.seek(self._file.tell())
+            else:
+                shown = self._file.tell()
+                self._file.seek(0)
+                kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._file, newest, strict=False))
+                newest.seek(min(shown, sum(len(line) for line, _ in kept)))
+            self._file.close()
+        self._file = newest
+        *whole, cut = newest.read().split(b"\n")
+        newest.seek(-len(cut), os.SEEK_CUR)
+        return whole
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _records(tail: _Tail, done: threading.Event) -> Iterator[dict]:
+    """The rows of metrics.jsonl as they are written."""
     while True:
         last_look = done.is_set()
-        if path.exists():
-            position = min(position, path.stat().st_size)
-            with open(path) as file:
-                file.seek(position)
-                rest += file.read()
-                position = file.tell()
-        *lines, rest = rest.split("\n")
-        yield from (json.loads(line) for line in lines if line)
+        yield from map(json.loads, tail.lines())
         if last_look:
             return
         done.wait(POLL_S)

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,29 @@ def test_steps_done_again_after_a_crash_are_told_again(told: io.StringIO, tmp_pa
         append(tmp_path, 20)
     shown = [line.split(",")[0] for line in told.getvalue().splitlines()]
     assert shown == ["step 10/40", "step 20/40", "step 30/40", "step 20/40"]
+
+
+def test_steps_done_again_between_two_looks_are_told_whole(
+    told: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is longer than it was, and what was its end is in the middle of a line."""
+    for step in (5, 10, 15):
+        append(tmp_path, step)
+    monkeypatch.setattr(progress, "POLL_S", 1000)  # it looks at the start and at the end
+    with progress.follow(tmp_path, plain(told)):
+        monitor.cut_back(tmp_path / monitor.METRICS, 5)
+        for step in (10, 20, TOTAL):
+            append(tmp_path, step, knn=0.123456)
+    assert [line.split(",")[0] for line in told.getvalue().splitlines()] == ["step 10/40", "step 20/40", "step 40/40"]
+
+
+def test_a_step_that_was_not_told_before_the_record_was_cut_after_it_is_told(tmp_path: Path) -> None:
+    append(tmp_path, 10)
+    with closing(progress._Tail(tmp_path / monitor.METRICS)) as tail:
+        append(tmp_path, 20)
+        monitor.cut_back(tmp_path / monitor.METRICS, 20)
+        append(tmp_path, 30)
+        assert [json.loads(line)["step"] for line in tail.lines()] == [20, 30]
 
 
 def test_lines_between_are_spared_but_never_the_last(
