@@ -125,7 +125,14 @@ def test_every_config_is_of_a_kind_that_is_tested() -> None:
     assert set(CONFIGS) | set(SWEEPS) == set((ROOT / "configs").rglob("*.yaml"))
 
 
-def test_importing_distssl_starts_nothing() -> None:
-    heavy = ("ray", "torch", "nvidia.dali")
-    program = f"import sys, distssl; sys.exit(any(name in sys.modules for name in {heavy}))"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("distssl", ("ray", "torch", "nvidia.dali")),
+        ("distssl.on_ray.command_line", ("ray", "torch")),
+        ("distssl.on_ray.commands", ("torch", "ray.train")),
+    ],
+)
+def test_importing_is_cheap(module: str, heavy: tuple[str, ...]) -> None:
+    program = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {heavy}))"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""attach, status, logs, stop, down: the commands that speak with a cluster and its jobs."""
+"""The commands that speak with a cluster and its jobs. attach, status, logs, stop and down do without torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from ray.job_submission import JobDetails, JobStatus
 from rich.console import Console
 from rich.table import Table
 
-from distssl import config, method, settings
-from distssl import sweep as sweeps
+from distssl import settings
 from distssl.errors import ConfigError, RunError
 from distssl.on_ray import aws, cluster, errands, jobs, place, standing, visible
 from distssl.on_ray.remote import Cluster, Errand
@@ -26,6 +25,8 @@ for chatty in ("botocore", "ray", "ray.dashboard.modules.dashboard_sdk", "ray.da
 
 def pretrain(config_file: Path, overrides: list[str], target: Target, console: Console) -> int:
     """The main job on a cluster; the exit code."""
+    from distssl import config, method
+
     with Cluster(target, console) as there:
         if not any(one.startswith("machine.storage=") for one in overrides):
             overrides = [*overrides, f"machine.storage={there.storage}"]
@@ -40,6 +41,8 @@ def pretrain(config_file: Path, overrides: list[str], target: Target, console: C
 
 def sweep(config_file: Path, overrides: list[str], target: Target, console: Console) -> int:
     """A sweep on a cluster; the exit code."""
+    from distssl import sweep as sweeps
+
     with Cluster(target, console) as there:
         tree = settings.read(config_file, overrides)
         if "storage" not in tree:

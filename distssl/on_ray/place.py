@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distssl.errors import ConfigError, RunError
@@ -61,6 +60,8 @@ def require_gpus(num_workers: int, because: str) -> None:
 
     because: what the user said that asks for them.
     """
+    import torch  # here, for the commands that only speak with a cluster do without
+
     num_gpus = torch.cuda.device_count()
     if 0 < num_gpus < num_workers:
         raise ConfigError(f"{because}: this machine has {num_gpus} GPUs, one a worker; at most {num_gpus} is right")
@@ -76,6 +77,8 @@ def start(workers: int | None = None, kept_cpus: int = 0) -> Workers:
         if not ray.is_initialized():
             ray.init(address="auto", logging_level=logging.ERROR)
         return Workers(**json.loads(os.environ[WORKERS])) if WORKERS in os.environ else _of_live_nodes(kept_cpus)
+    import torch
+
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts the machine the driver runs on
     workers = workers or 1
     cpus = max(os.cpu_count() or 1, workers + kept_cpus)
