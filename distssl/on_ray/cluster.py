@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # that is new, and the launcher's notes may be of before they were rebooted: without a restart Ray would not be started.
 UP = "create_or_update_cluster(sys.argv[1], no_restart={no_restart}, no_config_cache=True)"
 DOWN = "teardown_cluster(sys.argv[1])"
+NOTE = "import pathlib; from distssl.on_ray import head; head.note(pathlib.Path(sys.argv[1]))"
 LOOK = (
     "import dataclasses, json, pathlib; from distssl.on_ray import head; "
     "print(json.dumps(dataclasses.asdict(head.look(pathlib.Path(sys.argv[1])))))"
@@ -176,9 +177,8 @@ def down(file: ClusterFile) -> None:
         if left:
             raise RunError(f"{file.path}: still there: {', '.join(one['id'] for one in left)}; look at the AWS console")
     else:
-        if file.provider == "local":
-            _look(file)  # so that the launcher finds the head, which a `down` that failed has noted as ended
-        code = _sdk(file, DOWN, "down").returncode
+        call = f"{NOTE}; {DOWN}" if file.provider == "local" else DOWN  # it ends the heads alone that it knows of
+        code = _sdk(file, call, "down").returncode
         # The launcher ends hosts of one's own by a `ray stop`, and says nothing where that fails.
         if code or (file.provider == "local" and not _is_gone(file)):
             said = f"Ray's words: {file.folder / 'down.log'}"

@@ -1,4 +1,4 @@
-"""What of a cluster is there: whether it has a head, and whether Ray answers on it.
+"""What of a cluster is there: whether it has a head, whether Ray answers on it, what Ray's launcher notes of it.
 
 For a process of its own, as Ray's launcher ends the one it is called in.
 """
@@ -77,15 +77,24 @@ def _look_at(config: dict[str, Any], provider: Any, head: str, hosts: list[dict[
     runner = provider.get_command_runner(
         "", head, config["auth"], config["cluster_name"], subprocess, inside, config.get("docker")
     )
-    health = _said(runner, HEALTH)
-    said = _said(runner, PROCESS, run_env="host") if health is None else None
-    if health is None and said is None:
+    said = _said(runner, HEALTH)
+    if said is not None:
+        if is_local:
+            record_local_head_state_if_needed(provider)  # or the launcher finds no head to open a tunnel to
+        return Found(ANSWERS, hosts, started=scale.parse(said))
+    said = _said(runner, PROCESS, run_env="host")
+    if said is None:
         return Found(UNREACHABLE, hosts)
-    if is_local and said is not None and "pgrep=1" in said:
-        return Found(NONE, hosts)
-    if is_local:
-        record_local_head_state_if_needed(provider)  # or the launcher finds no head to open a tunnel to, or to end
-    return Found(SILENT, hosts) if health is None else Found(ANSWERS, hosts, started=scale.parse(health))
+    return Found(NONE if is_local and "pgrep=1" in said else SILENT, hosts)
+
+
+def note(path: Path) -> None:
+    """Have Ray's launcher know of the head that the file's list of hosts names, where it has noted that it is none.
+
+    So it has after a `down` that could not reach the head, and on a machine that did not bring the cluster up.
+    """
+    config = prepare_config(yaml.safe_load(path.read_text()))
+    record_local_head_state_if_needed(_get_node_provider(config["provider"], config["cluster_name"]))
 
 
 def _said(runner: Any, command: str, **how: Any) -> str | None:

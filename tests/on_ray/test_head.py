@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 from ray.autoscaler._private import providers
+from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.node_provider import NodeProvider
 
 from distssl.on_ray import head, scale
@@ -102,3 +103,24 @@ def test_what_is_there(tmp_path: Path, hosts: dict[str, tuple[str, str]], has: d
     assert found.state == state
     assert found.hosts == [{"id": name, "type": f"my_{kind}"} for name, (kind, _) in hosts.items()]
     assert found.started == (STARTED if state == head.ANSWERS else None)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the launcher leaves the file of its notes open
+def test_the_launcher_finds_a_head_of_ones_own_that_it_has_noted_as_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    tree = {
+        "cluster_name": "mine",
+        "provider": {"type": "local", "head_ip": "192.0.2.1", "worker_ips": ["192.0.2.2"]},
+        "auth": {"ssh_user": "root"},
+    }
+    path = tmp_path / "cluster.yaml"
+    path.write_text(json.dumps(tree))
+    provider = providers._get_node_provider(prepare_config(tree)["provider"], "mine")
+    assert provider.non_terminated_nodes({}) == []
+    head.note(path)
+    assert provider.non_terminated_nodes({"ray-node-type": "head"}) == ["192.0.2.1"]
+    provider.terminate_node("192.0.2.1")  # as a `down` does that could not reach it
+    head.note(path)
+    assert provider.non_terminated_nodes({"ray-node-type": "head"}) == ["192.0.2.1"]
