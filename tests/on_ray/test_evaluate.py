@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from distssl.downstream.rows import read_summary
 from tests import runs
+from tests.conftest import Said
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -35,21 +37,27 @@ def evaluate(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_figures_of_two_workers_are_those_of_one_process(pretrained: Path, tmp_path: Path) -> None:
+def test_the_figures_of_two_workers_are_those_of_one_process(
+    pretrained: Path, tmp_path: Path, command: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The labelled images' path counts from the user's folder."""
     runs.photos(tmp_path / "labelled", num=80, seed=1)
-    found = []
-    for workers in ([], ["--workers", "2"]):
-        run = shutil.copytree(pretrained, tmp_path / f"by{len(workers)}")
-        done = evaluate(run, "--task", "knn,cluster,finetune", "eval.source=labelled", *workers)
-        assert done.returncode == 0, done.stderr
-        assert ("2 Ray workers" in done.stdout) == bool(workers)
-        assert ("Ray's dashboard: http://127.0.0.1:" in done.stderr) == bool(workers)
-        found.append(sorted(read_summary(run), key=str))
-    assert {row.task for row in found[0]} == {"knn", "cluster", "finetune"}
-    assert found[0] == found[1]
+    what = ["--task", "knn,cluster,finetune", "eval.source=labelled"]
+    by_one, by_two = (shutil.copytree(pretrained, tmp_path / name) for name in ("by_one", "by_two"))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("evaluate", by_one, *what)
+    assert code == 0, err
+    assert "Ray" not in out
+    done = evaluate(by_two, *what, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 Ray workers" in done.stdout
+    assert "Ray's dashboard: http://127.0.0.1:" in done.stderr
+    figures = sorted(read_summary(by_one), key=str)
+    assert {row.task for row in figures} == {"knn", "cluster", "finetune"}
+    assert sorted(read_summary(by_two), key=str) == figures
 
 
+@pytest.mark.slow  # as the one of test_pretrain.py
 def test_a_mistake_that_workers_find_is_one_line(pretrained: Path) -> None:
     done = evaluate(pretrained, "--task", "segment", "--workers", "2")
     assert done.returncode == 2, done.stderr

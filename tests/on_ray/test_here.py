@@ -34,7 +34,7 @@ def test_more_workers_than_gpus_are_refused(
         sweep.run(swept, lambda outcome: None)
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate"])
+@pytest.mark.parametrize("command", ["pretrain", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_under_torchrun_a_mistake_is_said_once_and_that_workers_are_ignored(tmp_path: Path, command: str) -> None:
     """Rank 0 meets it while the other waits; torchrun itself says more."""
     missing = tmp_path / "missing"
