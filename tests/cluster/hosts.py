@@ -138,10 +138,17 @@ class Host:
 
     def hang_up(self) -> None:
         """Cut its SSH connections; new ones are let in."""
+        self.send(signal.SIGKILL, "sshd: root")
+
+    def send(self, sent: signal.Signals, begin: str) -> bool:
+        """Send a signal to its processes whose command lines so begin; whether there are any."""
+        found = False
         for pid in _in_namespace(self.namespace):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sshd: root"):
-                    os.kill(pid, signal.SIGKILL)
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(begin.encode()):
+                    os.kill(pid, sent)
+                    found = True
+        return found
 
     def power_off(self) -> None:
         """At once, as when the plug is pulled; of one that is off, nothing."""

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cloud, pytest.mark.timeout(900)]
 BUCKET = "distssl-test"
 BUCKET_URL = f"s3://{BUCKET}"
 BEHIND_S = 30  # TensorBoard may be that much behind the terminal
-LONG = [*SETTINGS, "train.epochs=4000", "train.log_every=200", "machine.workers=1"]  # a core for the browser
+LONG = [*SETTINGS, "train.epochs=4000", "train.log_every=200", "machine.workers=1"]
 FIT = ["eval.fit.steps=4", "eval.fit.batch=8", "eval.num_seeds=1", 'eval.labels=["3/class"]']
 
 
@@ -56,12 +56,13 @@ def test_the_pages_of_a_run_show_it_also_after_the_connection_was_cut(
     wait(lambda: int(step) in pages.losses(board), "the loss in TensorBoard", BEHIND_S, lambda: run.said)
     assert pages.losses(board)[int(step)] == pytest.approx(float(loss), abs=1e-3)
     with browser.started(shared / "profile") as page:
-        pages.check_curve(page, board)
-        page.open(f"{dashboard}/#/jobs")
-        pages.log_in(page, password)
-        pages.check_jobs(page)
-        pages.check_hosts(page, dashboard)
-        assert pages.train_runs(dashboard, password) == [("seen", "RUNNING")]
+        with pair.training_paused():
+            pages.check_curve(page, board)
+            page.open(f"{dashboard}/#/jobs")
+            pages.log_in(page, password)
+            pages.check_jobs(page)
+            pages.check_hosts(page, dashboard)
+            assert pages.train_runs(dashboard, password) == [("seen", "RUNNING")]
 
         pair.network.hosts["head"].hang_up()
         run.until(lambda said: "the connection is lost" in said, "that the connection is lost", 60)
@@ -82,13 +83,16 @@ def test_the_pages_of_a_run_show_it_also_after_the_connection_was_cut(
     kept = store.client().list_objects_v2(Bucket=BUCKET, Prefix="runs/seen/checkpoints/step_")
     assert kept["KeyCount"]
 
-
-def test_verify_on_two_hosts(pair: TwoHosts, store: buckets.Server) -> None:
-    """Of the cluster that is up after the test before, where that has run."""
-    user, file = pair.user, pair.file()
     code, said = user.run("verify", "--cluster", file, "--world-sizes", "1,4")
     assert code == 2, said
     assert "error: --world-sizes 4: the cluster has room for 2 workers" in said
+    code, said = user.run("down", "--cluster", file)
+    assert code == 0, said
+
+
+@pytest.mark.slow  # as the next two; on a Ray of this machine alone, or on ranks, they are tests of the default suite
+def test_verify_on_two_hosts(pair: TwoHosts, store: buckets.Server) -> None:
+    user, file = pair.user, pair.file()
     code, said = user.run("verify", "--cluster", file, "--methods", "simsiam,rotation", "--world-sizes", "1,2")
     assert code == 0, said
     assert certified(said) == {(name, a, w) for name in ("simsiam", "rotation") for a in (1, 2) for w in (1, 2)}
@@ -96,7 +100,7 @@ def test_verify_on_two_hosts(pair: TwoHosts, store: buckets.Server) -> None:
     assert code == 0, said
 
 
-@pytest.mark.slow  # as the next; on a Ray of this machine alone they are tests of on_ray
+@pytest.mark.slow
 def test_a_run_its_evaluation_and_a_sweep_on_two_hosts(pair: TwoHosts, store: buckets.Server, shared: Path) -> None:
     user, file, packed = pair.user, pair.file(), runs.packed(shared / "images", num=112)
     other = user.start("--cluster", file, f"data.source={packed}", *SETTINGS, "name=other", "train.epochs=2")

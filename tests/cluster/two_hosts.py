@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.cluster.hosts import PREFIX, Network
 from tests.cluster.user import ROOT, User
 
 HEAD, WORKER = f"{PREFIX}.11", f"{PREFIX}.12"
+WORKER_PROCESS = "ray::RayTrainWorker"
 SETTINGS = [one for one in runs.settings() if not one.startswith("machine.workers")]
 
 
@@ -30,6 +32,17 @@ class TwoHosts:
         """Have the user, and jobs by `file`, speak with an object store."""
         self.of_jobs = buckets.KEYS
         self.user.environment = {**self.user.environment, **buckets.KEYS, "AWS_ENDPOINT_URL": store.endpoint}
+
+    @contextlib.contextmanager
+    def training_paused(self) -> Iterator[None]:
+        """Workers stand still while the block runs: they leave their CPUs to it."""
+        hosts = self.network.hosts.values()
+        assert any([host.send(signal.SIGSTOP, WORKER_PROCESS) for host in hosts])
+        try:
+            yield
+        finally:
+            for host in hosts:
+                host.send(signal.SIGCONT, WORKER_PROCESS)
 
     def file(self) -> Path:
         """onprem.yaml with both hosts, which are set up already, and a worker on each."""
