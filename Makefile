@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo
 	$(BIN)/python launch.py
 
-# Two processes for the tests of clusters, which wait for half of their time, and two for the others.
+# Two processes for the tests of clusters, which wait for half of their time, and two for the others. With bytecode,
+# or each of the hundreds of processes that they start compiles the same files.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --no-loadscope-reorder
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
