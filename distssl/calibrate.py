@@ -198,7 +198,7 @@ def _training(
 
 
 def _measure(run: Run, data: Data, images: int, num_threads: int, is_first: bool, part_s: float) -> _Found:
-    """One rank of those side by side: together until all are ready, then each for itself."""
+    """One rank of those side by side, which begin together; from then on each is for itself."""
     beside = collectives.world_size()
     collectives.shutdown()  # from here on they have nothing to do with each other
     torch.set_num_threads(num_threads)

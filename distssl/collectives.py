@@ -70,7 +70,8 @@ def launch(function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
     """Call `function(*args)` in `world_size` new processes of this machine, one gloo group with a thread each.
 
     Returns the results in rank order. All of it must be picklable. Raises torch's ChildFailedError where a rank fails.
-    They are forked from a process that has imported the first function's module, and have this one's environment.
+    They are forked from a process that has imported the first function's module, have this one's environment, and call
+    once all are in the group.
     """
     return _launch(function.__module__, world_size, function, *args)
 

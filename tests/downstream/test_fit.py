@@ -101,7 +101,7 @@ LEARNED = {  # steps, metric, the value it must be better than
     "segment": (60, "miou", 0.8),
     "depth": (60, "delta_1", 0.8),
     "keypoints": (100, "mean_error", 8.0),
-    "detect": (50, "ap50", 0.5),
+    "detect": (35, "ap50", 0.5),
 }
 
 
