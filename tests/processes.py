@@ -45,6 +45,11 @@ def below(pid: int) -> set[Process]:
     return reached
 
 
+def ray_workers(driver: int) -> list[Process]:
+    """Ray's processes below the driver that train."""
+    return [found for found in below(driver) if "RayTrainWorker" in found.command_line()]
+
+
 def _stat(pid: int) -> tuple[str, str, str] | None:
     """(state, parent's pid, start time in clock ticks); None where there is no such process."""
     try:

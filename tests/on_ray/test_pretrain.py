@@ -92,12 +92,9 @@ class Driver:
         """Until its log has told so many times of one."""
         self._until(lambda: self.log.read_text().count("resuming at step") == times, f"resumption {times}")
 
-    def workers(self) -> list[processes.Process]:
-        return [found for found in processes.below(self.process.pid) if "RayTrainWorker" in found.command_line()]
-
     def kill(self) -> None:
         """kill -9 of the driver alone; its workers have to end by themselves."""
-        self.seen_workers = self.workers()
+        self.seen_workers = processes.ray_workers(self.process.pid)
         self.seen |= processes.below(self.process.pid)
         self.process.kill()
         self.process.wait()
@@ -205,7 +202,7 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_goes_on_and_nothing_of_it
 
     driver = start()
     driver.wait_for_resumption(3)
-    workers = driver.workers()
+    workers = processes.ray_workers(driver.process.pid)
     assert len(workers) == 2
     assert actors(driver) == {"Desk", "RayTrainWorker", "SynchronizationActor", "TrainController"}
     workers[0].kill()

@@ -96,7 +96,7 @@ def test_a_sweep_that_is_killed_and_interrupted_is_the_loop_of_its_search_and_it
     fits = tmp_path / "broken" / "run" / "fits"
     sweeping = start(broken)
     wait_for(lambda: any(begun(fit) for fit in fits.glob("*")), patience_s)
-    workers_of(sweeping.pid)[0].kill()
+    processes.ray_workers(sweeping.pid)[0].kill()
     wait_for(lambda: list(fits.glob("*/result.json")), patience_s)
     sweeping.send_signal(signal.SIGINT)
     said, _ = sweeping.communicate(timeout=patience_s)
@@ -179,7 +179,7 @@ def begun(fit: Path) -> bool:
     return any(fit.glob("checkpoints/step_*")) and not (fit / "result.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # as a full disk in test_pretrain.py
 @pytest.mark.timeout(1200)
 def test_a_mistake_of_one_rank_fails_its_trial(pretrained: Path, tmp_path: Path) -> None:
     """Rank 0 alone writes checkpoints, here onto a full disk, while rank 1 waits for it."""
@@ -202,11 +202,6 @@ def with_python() -> dict[str, str]:
 
 def plain(outcome: dict[str, Any], folder: Path) -> str:
     return json.dumps(outcome, sort_keys=True).replace(str(folder / "broken"), "").replace(str(folder / "whole"), "")
-
-
-def workers_of(driver: int) -> list[processes.Process]:
-    """Ray's processes below the driver that train."""
-    return [found for found in processes.below(driver) if "RayTrainWorker" in found.command_line()]
 
 
 def wait_for(look: Any, timeout_s: float = 120) -> Any:
