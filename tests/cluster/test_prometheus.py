@@ -80,11 +80,11 @@ def scraping(program: str, configuration: Path, folder: Path) -> Iterator[Promet
 
 @contextmanager
 def training(run: config.Run, storage: Path, tmpdir: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`launch.py pretrain` with a Ray worker, whose Ray keeps its files in tmpdir and reports every second."""
+    """`launch.py pretrain` with two Ray workers, whose Ray keeps its files in tmpdir and reports every second."""
     (storage / "run.yaml").write_text(config.dump(run))
     with open(storage / "driver.log", "w") as log:
         driver = subprocess.Popen(
-            [sys.executable, "launch.py", "pretrain", "--config", storage / "run.yaml", "--workers=1"],
+            [sys.executable, "launch.py", "pretrain", "--config", storage / "run.yaml", "--workers=2"],
             cwd=ROOT,
             env=os.environ | {"RAY_TMPDIR": str(tmpdir), "RAY_metrics_report_interval_ms": "1000"},
             stdout=log,
